@@ -1,0 +1,79 @@
+"""Runs the scripts of `common/scripts/`, each of which is one atomic and idempotent transition.
+
+Because they are idempotent, a lost reply is answered by sending the script again; nothing else may be retried.
+"""
+
+import asyncio
+import hashlib
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.exceptions import (
+    BusyLoadingError,
+    ConnectionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    TimeoutError,
+)
+
+from common.errors import Unavailable
+
+TRANSIENT = (
+    ConnectionError,
+    TimeoutError,
+    BusyLoadingError,
+    ReadOnlyError,
+    OutOfMemoryError,
+    OSError,
+)
+_FIRST_PAUSE_S = 0.02
+_LONGEST_PAUSE_S = 0.5
+
+
+class Scripts:
+    """All scripts of the protocol, run by name against one client."""
+
+    def __init__(self, redis: Redis, *, patience_s: float = 1.0) -> None:
+        self._redis = redis
+        self._patience_s = patience_s
+        folder = Path(__file__).parent / "scripts"
+        self._sources = {path.stem: path.read_text() for path in sorted(folder.glob("*.lua"))}
+        self._shas = {
+            name: hashlib.sha1(source.encode()).hexdigest()
+            for name, source in self._sources.items()
+        }
+
+    async def run(
+        self,
+        name: str,
+        keys: Sequence[str | bytes],
+        args: Sequence[Any],
+        *,
+        patience_s: float | None = None,
+    ) -> Any:
+        """The reply of a script.
+
+        Raises Unavailable when the broker could not be reached for `patience_s`.
+        """
+        patience_s = self._patience_s if patience_s is None else patience_s
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + patience_s
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                return await self._evaluate(name, keys, args)
+            except TRANSIENT as error:
+                if loop.time() + pause_s > give_up_at:
+                    raise Unavailable(f"the broker does not answer: {error}") from error
+            await asyncio.sleep(random.uniform(0, pause_s))
+            pause_s = min(_LONGEST_PAUSE_S, pause_s * 2)
+
+    async def _evaluate(self, name: str, keys: Sequence[str | bytes], args: Sequence[Any]) -> Any:
+        try:
+            return await self._redis.evalsha(self._shas[name], len(keys), *keys, *args)
+        except NoScriptError:
+            return await self._redis.eval(self._sources[name], len(keys), *keys, *args)

@@ -1,0 +1,253 @@
+"""Both ends of the request queue: a gateway enqueues and cancels, a worker fetches, leases, appends and gives back.
+
+The states of a request and who may move it are in `common/scripts/`; this file only calls them.
+"""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from common.codec import decode, decode_frame, encode, encode_frame
+from common.errors import Cancelled, DeadlineExceeded, GenerationFailed, Overloaded
+from common.lua import Scripts
+from common.messages import Failure, Frame, GenerationRequest
+from common.redis_client import BLOCK_MS
+from common.redis_keys import GROUP, ModelKeys
+
+DONE_TTL_MS = 600_000  # how long a finished stream can still be read
+MAX_STALLED = 3  # leases in a row without a token before a request counts as poison
+MAX_ATTEMPTS = 20
+
+
+def _terminal(error: Exception, kind: str) -> bytes:
+    return encode_frame(Frame(failure=Failure(kind, str(error))))
+
+
+CANCELLED_FRAME = _terminal(Cancelled(), Cancelled.kind)
+DEADLINE_FRAME = _terminal(DeadlineExceeded(), DeadlineExceeded.kind)
+POISON_FRAME = _terminal(
+    GenerationFailed("Request failed during generation: it stopped every worker that tried it"),
+    GenerationFailed.kind,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class QueueDepth:
+    """Requests of one model by what they wait for."""
+
+    waiting: int
+    running: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A worker's right to run a request, proved to Redis by `token`."""
+
+    token: str
+    queue: str  # the stream that holds the entry
+    request: GenerationRequest
+    frames: tuple[Frame, ...]  # what earlier holders generated
+    waited_s: float
+    left_s: float  # until the deadline
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """One frame for one journal. `frame` None only asks whether the lease still holds."""
+
+    request_id: str
+    token: str
+    queue: str
+    base: int  # the frame's index: the journal must be exactly this long
+    frame: Frame | None
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """What became of an Append: exactly one of the fields says so."""
+
+    is_ok: bool = False
+    is_fenced: bool = False
+    is_cancelled: bool = False
+    resend_from: int | None = None  # the journal lost its tail
+    ahead: tuple[Frame, ...] = field(default=())  # the journal already holds these from `base` on
+
+
+class RequestQueue:
+    """The queue of one model."""
+
+    def __init__(self, redis: Redis, keys: ModelKeys, *, scripts: Scripts | None = None) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._scripts = scripts or Scripts(redis)
+
+    # The gateway's end
+
+    async def enqueue(self, request: GenerationRequest, *, max_waiting: int) -> bool:
+        """Put a request on its queue; False when its id is already known.
+
+        Raises Overloaded when `max_waiting` requests wait, Unavailable without a broker.
+        """
+        keys = self._keys
+        reply = await self._scripts.run(
+            "enqueue",
+            [keys.request(request.id), keys.queue(request.priority), *keys.queues],
+            [
+                request.id,
+                encode(request),
+                GROUP,
+                max_waiting,
+                int(request.deadline_s * 1000),
+                DONE_TTL_MS,
+                len(request.prompt_tokens),
+                request.stopping.max_new_tokens,
+                request.tenant,
+            ],
+        )
+        if reply[0] == b"FULL":
+            raise Overloaded(retry_after_s=await self._retry_after_s(reply[1]))
+        return reply[0] == b"OK"
+
+    async def cancel(self, request_id: str) -> bool:
+        """Ask for the end of a request; False when it has ended already or is unknown."""
+        keys = self._keys
+        names = [keys.request(request_id), keys.journal(request_id), keys.channel(request_id)]
+        return bool(await self._scripts.run("cancel", names, [DONE_TTL_MS, CANCELLED_FRAME]))
+
+    async def depth(self) -> QueueDepth:
+        """How many requests wait and run. Exact, because only delivered entries are ever deleted."""
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for queue in self._keys.queues:
+                pipeline.xlen(queue)
+                pipeline.xpending(queue, GROUP)
+            replies = await pipeline.execute(raise_on_error=False)
+        lengths, pendings = replies[0::2], replies[1::2]
+        running = sum(_num_pending(pending) for pending in pendings)
+        return QueueDepth(waiting=sum(lengths) - running, running=running)
+
+    # The worker's end
+
+    async def create_group(self) -> None:
+        """Make the consumer group of every queue stream; harmless when it exists."""
+        for queue in self._keys.queues:
+            try:
+                await self._redis.xgroup_create(queue, GROUP, id="0", mkstream=True)
+            except ResponseError as error:
+                if not str(error).startswith("BUSYGROUP"):
+                    raise
+
+    async def wait(self, worker: str) -> list[tuple[str, str, str]]:
+        """Wait up to a second for the next entry: at most one (queue, entry, request id)."""
+        streams = dict.fromkeys(self._keys.queues, ">")
+        reply = await self._redis.xreadgroup(GROUP, worker, streams, count=1, block=BLOCK_MS)
+        return [
+            (queue.decode(), entry.decode(), fields[b"id"].decode())
+            for queue, items in reply or ()
+            for entry, fields in items
+        ]
+
+    async def fetch(self, worker: str, *, count: int) -> list[tuple[str, str, str]]:
+        """Up to `count` waiting entries at once, highest priority first: (queue, entry, request id)."""
+        queues = self._keys.queues
+        found = await self._scripts.run("fetch", queues, [GROUP, worker, count])
+        return [(queues[number - 1], entry.decode(), rid.decode()) for number, entry, rid in found]
+
+    async def lease(self, worker: str, entry: tuple[str, str, str]) -> Lease | None:
+        """Take the request behind a delivered entry; None when there is nothing to run."""
+        queue, entry_id, request_id = entry
+        keys, token = self._keys, f"{worker}:{uuid.uuid4().hex}"
+        names = [keys.request(request_id), keys.journal(request_id), queue]
+        limits = [MAX_STALLED, MAX_ATTEMPTS, DONE_TTL_MS, request_id]
+        reply = await self._scripts.run(
+            "lease",
+            [*names, keys.dead_letters, keys.channel(request_id)],
+            [
+                token,
+                worker,
+                entry_id,
+                GROUP,
+                *limits,
+                CANCELLED_FRAME,
+                DEADLINE_FRAME,
+                POISON_FRAME,
+            ],
+        )
+        if reply[0] != b"OK":
+            return None
+        _, body, frames, waited_ms, left_ms = reply
+        request = decode(GenerationRequest, body)
+        journal = tuple(decode_frame(frame) for frame in frames)
+        return Lease(token, queue, request, journal, waited_ms / 1000, left_ms / 1000)
+
+    async def append(self, appends: Sequence[Append], *, patience_s: float) -> list[Appended]:
+        """Append one frame to each journal and publish it, in one atomic call.
+
+        Raises Unavailable when the broker could not be reached for `patience_s`; calling again is safe.
+        """
+        names: list[str] = []
+        args: list[str | int | bytes] = [GROUP, DONE_TTL_MS, CANCELLED_FRAME]
+        keys = self._keys
+        for item in appends:
+            rid = item.request_id
+            names += (keys.request(rid), keys.journal(rid), item.queue, keys.channel(rid))
+            args += (item.token, item.base, _kind(item.frame))
+            args.append(encode_frame(item.frame) if item.frame else b"")
+        replies = await self._scripts.run("step", names, args, patience_s=patience_s)
+        return [_appended(reply) for reply in replies]
+
+    async def release(self, lease_token: str, queue: str, request_id: str) -> bool:
+        """Hand a request back so that another worker goes on with it; False when it is not held any more."""
+        keys = self._keys
+        names = [keys.request(request_id), queue, keys.resume_queue]
+        return bool(await self._scripts.run("release", names, [lease_token, GROUP, request_id]))
+
+    async def revoke_abandoned(self, *, lease_s: float) -> int:
+        """Requeue what workers without a heartbeat hold; the number of requests put back."""
+        num_revoked = 0
+        for queue in self._keys.queues:
+            pending = await self._redis.xpending_range(
+                queue, GROUP, min="-", max="+", count=1000, idle=int(lease_s * 1000)
+            )
+            for item in pending:
+                num_revoked += await self._revoke(queue, item["message_id"], item["consumer"])
+        return num_revoked
+
+    async def _revoke(self, queue: str, entry: bytes, owner: bytes) -> int:
+        keys = self._keys
+        found = await self._redis.xrange(queue, min=entry, max=entry)
+        request_id = found[0][1][b"id"].decode() if found else ""
+        heartbeat = keys.heartbeat(owner.decode())
+        names = [keys.request(request_id), queue, keys.resume_queue, heartbeat]
+        reply = await self._scripts.run("revoke", names, [entry, owner, GROUP, request_id])
+        return int(reply == 1)
+
+    async def _retry_after_s(self, waiting: int) -> int:
+        """A guess at when room will be: a second for every request that runs now and is followed by a waiting one."""
+        running = (await self.depth()).running
+        return max(1, min(60, round(waiting / max(running, 1))))
+
+
+def _kind(frame: Frame | None) -> str:
+    if frame is None:
+        return "touch"
+    if frame.failure:
+        return "failed"
+    return "finished" if frame.finish else "append"
+
+
+def _appended(reply: int | list[bytes]) -> Appended:
+    if isinstance(reply, list):
+        return Appended(ahead=tuple(decode_frame(frame) for frame in reply))
+    if reply >= 0:
+        return Appended(is_ok=True)
+    if reply == -1:
+        return Appended(is_fenced=True)
+    return Appended(is_cancelled=True) if reply == -2 else Appended(resend_from=-1_000_000 - reply)
+
+
+def _num_pending(reply: object) -> int:
+    """The count of an XPENDING summary; a queue without a group has none pending."""
+    return reply["pending"] if isinstance(reply, dict) else 0

@@ -1,0 +1,23 @@
+-- ENQUEUE: put a new request on its queue, once for each request id.
+-- KEYS  1 request hash, 2 its queue, 3.. all queues of the model
+-- ARGV  1 id, 2 body, 3 group, 4 max_waiting, 5 deadline_ms, 6 grace_ms, 7 prompt_tokens, 8 max_new_tokens, 9 tenant
+-- Gives {'OK', entry, waiting} | {'DUPLICATE', state} | {'FULL', waiting}
+local state = redis.call('HGET', KEYS[1], 'state')
+if state then return {'DUPLICATE', state} end
+local waiting = 0
+for i = 3, #KEYS do
+  local length = redis.call('XLEN', KEYS[i])
+  if length > 0 then
+    local pending = redis.pcall('XPENDING', KEYS[i], ARGV[3])   -- an error: no worker has made the group yet
+    waiting = waiting + length - (pending.err and 0 or pending[1])
+  end
+end
+if waiting >= tonumber(ARGV[4]) then return {'FULL', waiting} end
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local entry = redis.call('XADD', KEYS[2], '*', 'id', ARGV[1], 'prompt_tokens', ARGV[7],
+  'max_new_tokens', ARGV[8], 'tenant', ARGV[9], 'enqueued_at', time[1])
+redis.call('HSET', KEYS[1], 'state', 'queued', 'entry', entry, 'queue', KEYS[2], 'body', ARGV[2], 'created', now,
+  'deadline', now + ARGV[5], 'grace', ARGV[6], 'token', '', 'attempts', 0, 'stalled', 0, 'leased_at_length', 0)
+redis.call('PEXPIRE', KEYS[1], ARGV[5] + ARGV[6])
+return {'OK', entry, waiting}

@@ -1,0 +1,218 @@
+"""One pub/sub connection for a process, many listeners inside: a connection for each waiter does not scale.
+
+It speaks RESP itself through `hiredis.Reader`: redis-py's asyncio PubSub loses subscriptions when `subscribe()` meets
+a reconnect, and costs ten times the processor time. Nothing here needs to be reliable: a lost message leaves a gap that
+the reader sees and heals from the journal, so every (re)connect and every overflow only tells listeners to look there.
+"""
+
+import asyncio
+import logging
+import random
+import ssl
+from collections import deque
+from typing import Any
+
+import hiredis
+from redis.asyncio.connection import SSLConnection, UnixDomainSocketConnection, parse_url
+
+logger = logging.getLogger(__name__)
+
+_CONNECT_TIMEOUT_S = 2.0
+_TICK_S = 1.0
+_SILENCE_S = 6.0  # a connection that did not even answer PINGs for so long is half open
+_LONGEST_PAUSE_S = 0.5
+_CHANNELS_PER_COMMAND = 500
+_MAX_WAITING = 256  # messages a slow listener may leave unread; more are dropped and read from the journal later
+
+LOOK = None  # an item of a subscription: messages may have been missed, look at the journal
+
+
+class Subscription:
+    """Messages of one channel. Items are bytes, or LOOK."""
+
+    __slots__ = ("_items", "_waiter", "channel", "is_idle")
+
+    def __init__(self, channel: bytes) -> None:
+        self.channel = channel
+        self.is_idle = False  # no item since the last tick
+        self._items: deque[bytes | None] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, item: bytes | None) -> None:
+        self.is_idle = False
+        if len(self._items) >= _MAX_WAITING:
+            self._items.clear()
+            item = LOOK
+        self._items.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get(self) -> bytes | None:
+        """The next item. One caller at a time."""
+        while not self._items:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return self._items.popleft()
+
+
+class Subscriber:
+    """The process's pub/sub connection. Use as `async with Subscriber(url) as subscriber`."""
+
+    def __init__(self, url: str) -> None:
+        self._address = parse_url(url)
+        self._subscriptions: dict[bytes, list[Subscription]] = {}
+        self._connection: _Connection | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> "Subscriber":
+        self._task = asyncio.create_task(self._run(), name="subscriber")
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        assert self._task is not None
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    @property
+    def is_connected(self) -> bool:
+        return self._connection is not None
+
+    @property
+    def num_channels(self) -> int:
+        return len(self._subscriptions)
+
+    def subscribe(self, channel: str) -> Subscription:
+        """Start to listen. The first item is LOOK, once the broker has confirmed."""
+        subscription = Subscription(channel.encode())
+        listeners = self._subscriptions.setdefault(subscription.channel, [])
+        listeners.append(subscription)
+        if self._connection:
+            # also for a second listener: the broker's confirmation is what tells it to look
+            self._connection.send(b"SUBSCRIBE", subscription.channel)
+        return subscription
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        listeners = self._subscriptions.get(subscription.channel, [])
+        listeners.remove(subscription)
+        if not listeners:
+            del self._subscriptions[subscription.channel]
+            if self._connection:
+                self._connection.send(b"UNSUBSCRIBE", subscription.channel)
+
+    async def _run(self) -> None:
+        """Keep a connection; after each connect subscribe to everything again."""
+        pause_s = 0.02
+        while True:
+            try:
+                connection = await self._connect()
+            except (OSError, TimeoutError, ssl.SSLError) as error:
+                logger.debug("no pub/sub connection: %s", error)
+                self._tick()
+                await asyncio.sleep(random.uniform(0, pause_s))
+                pause_s = min(_LONGEST_PAUSE_S, pause_s * 2)
+                continue
+            pause_s = 0.02
+            self._connection = connection
+            try:
+                await self._attend(connection)
+            finally:
+                self._connection = None
+                connection.abort()
+
+    async def _attend(self, connection: "_Connection") -> None:
+        self._log_in(connection)
+        channels = list(self._subscriptions)
+        for start in range(0, len(channels), _CHANNELS_PER_COMMAND):
+            connection.send(b"SUBSCRIBE", *channels[start : start + _CHANNELS_PER_COMMAND])
+        while not await connection.is_lost_within(_TICK_S):
+            self._tick()
+            if connection.silence_s > _SILENCE_S:
+                return
+            connection.send(b"PING")
+
+    def _tick(self) -> None:
+        """Make listeners that heard nothing look at the journal: heals a lost last message."""
+        for listeners in self._subscriptions.values():
+            for subscription in listeners:
+                if subscription.is_idle:
+                    subscription.put(LOOK)
+                subscription.is_idle = True
+
+    def _log_in(self, connection: "_Connection") -> None:
+        password = self._address.get("password")
+        if password:
+            user = self._address.get("username") or "default"
+            connection.send(b"AUTH", user.encode(), password.encode())
+
+    async def _connect(self) -> "_Connection":
+        loop, address = asyncio.get_running_loop(), self._address
+        kind = address.get("connection_class")
+
+        def protocol() -> _Connection:
+            return _Connection(self._deliver)
+
+        async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+            if kind is UnixDomainSocketConnection:
+                _, connection = await loop.create_unix_connection(protocol, address["path"])
+            else:
+                context = ssl.create_default_context() if kind is SSLConnection else None
+                host, port = address.get("host", "localhost"), address.get("port", 6379)
+                _, connection = await loop.create_connection(protocol, host, port, ssl=context)
+        return connection
+
+    def _deliver(self, reply: Any) -> None:
+        if not isinstance(reply, list) or len(reply) != 3:
+            if isinstance(reply, hiredis.ReplyError):
+                logger.error("the broker refused the pub/sub connection: %s", reply)
+            return
+        kind, channel, payload = reply
+        for subscription in self._subscriptions.get(channel, ()):
+            if kind == b"message":
+                subscription.put(payload)
+            elif kind == b"subscribe":
+                subscription.put(LOOK)
+
+
+class _Connection(asyncio.Protocol):
+    """The wire: RESP2 commands out, replies to a callback."""
+
+    def __init__(self, deliver: Any) -> None:
+        self._deliver = deliver
+        self._reader = hiredis.Reader()
+        self._loop = asyncio.get_running_loop()
+        self._lost: asyncio.Future[None] = self._loop.create_future()
+        self._heard_at = self._loop.time()
+        self._transport: asyncio.Transport | None = None
+
+    @property
+    def silence_s(self) -> float:
+        return self._loop.time() - self._heard_at
+
+    def send(self, *parts: bytes) -> None:
+        assert self._transport is not None
+        body = b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
+        self._transport.write(b"*%d\r\n%s" % (len(parts), body))
+
+    def abort(self) -> None:
+        if self._transport:
+            self._transport.abort()
+
+    async def is_lost_within(self, seconds: float) -> bool:
+        await asyncio.wait((self._lost,), timeout=seconds)
+        return self._lost.done()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self._lost.done():
+            self._lost.set_result(None)
+
+    def data_received(self, data: bytes) -> None:
+        self._heard_at = self._loop.time()
+        self._reader.feed(data)
+        while (reply := self._reader.gets()) is not False:
+            self._deliver(reply)

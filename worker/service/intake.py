@@ -1,0 +1,106 @@
+"""Pulls requests from the queue as fast as the scheduler has room, while the engine runs."""
+
+import asyncio
+import logging
+import time
+
+from redis.exceptions import RedisError
+
+from common.errors import FleetError, Unavailable
+from common.lua import TRANSIENT
+from common.request_queue import Lease, RequestQueue
+from worker.engine.scheduler import Scheduler
+from worker.engine.sequence import Sequence
+from worker.service.output import OutputProcessor
+from worker.service.publisher import Publisher
+
+logger = logging.getLogger(__name__)
+
+_PAUSE_S = 0.2
+
+
+class Intake:
+    """Turns queue entries into sequences of the scheduler. One blocking reader: a request arrives without polling."""
+
+    def __init__(
+        self,
+        queue: RequestQueue,
+        worker_id: str,
+        scheduler: Scheduler,
+        processor: OutputProcessor,
+        publisher: Publisher,
+    ) -> None:
+        self._queue = queue
+        self._worker_id = worker_id
+        self._scheduler = scheduler
+        self._processor = processor
+        self._publisher = publisher
+        self._is_closed = False
+        self._has_room = asyncio.Event()
+        self._has_work = asyncio.Event()
+        self.num_leases = 0
+
+    async def run(self) -> None:
+        """Fetch and lease until cancelled."""
+        while True:
+            if self._scheduler.room <= 0:
+                self._has_room.clear()
+                await self._has_room.wait()
+            try:
+                await self._fetch(self._scheduler.room)
+            except (*TRANSIENT, Unavailable) as error:
+                logger.warning("the broker does not answer, trying again", extra={"error": str(error)})
+                await asyncio.sleep(_PAUSE_S)
+            except RedisError as error:
+                if not str(error).startswith("NOGROUP"):
+                    raise
+                await self._queue.create_group()  # the broker was wiped
+
+    async def wait_for_work(self) -> None:
+        """Return when the scheduler has something to do, or when `close` was called."""
+        while not self._scheduler.has_work and not self._is_closed:
+            self._has_work.clear()
+            await self._has_work.wait()
+
+    def close(self) -> None:
+        """Let nobody wait for work any more."""
+        self._is_closed = True
+        self._has_work.set()
+
+    def step_done(self) -> None:
+        """Room may have come free."""
+        if self._scheduler.room > 0:
+            self._has_room.set()
+
+    async def lease(self, entry: tuple[str, str, str]) -> None:
+        """Take the request behind a delivered entry, if it is still to be run."""
+        lease = await self._queue.lease(self._worker_id, entry)
+        if lease is None:
+            return
+        self.num_leases += 1
+        self.add(lease)
+
+    def add(self, lease: Lease) -> None:
+        """Give a leased request to the scheduler; one that was begun elsewhere goes to the front."""
+        sequence = Sequence.from_journal(
+            lease.request,
+            lease.frames,
+            lease_token=lease.token,
+            leased_at=time.monotonic(),
+            waited_s=lease.waited_s,
+        )
+        self._publisher.open(sequence, lease)
+        try:
+            self._processor.start(sequence)
+            self._scheduler.add(sequence, at_front=bool(lease.frames))
+        except FleetError as error:  # this worker can not run it: its client is told, the others live on
+            self._publisher.fail(sequence, error)
+        self._has_work.set()
+
+    async def _fetch(self, room: int) -> None:
+        entries = await self._queue.wait(self._worker_id)
+        if entries and room > len(entries):
+            entries += await self._queue.fetch(self._worker_id, count=room - len(entries))
+        for entry in entries:
+            await self.lease(entry)
+

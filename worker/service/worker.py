@@ -1,0 +1,234 @@
+"""One worker process from start to end: load the model, announce it, decode, drain."""
+
+import asyncio
+import hashlib
+import logging
+import signal
+import time
+import uuid
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+
+import uvloop
+from tokenizers import Tokenizer
+
+from common.errors import FleetError
+from common.messages import Frame, ModelCard
+from common.redis_client import open_redis, wait_for_redis
+from common.redis_keys import ModelKeys
+from common.request_queue import RequestQueue
+from common.telemetry import configure_logging, configure_tracing
+from common.worker_registry import WorkerRegistry, WorkerStatus
+from worker.engine.build import load_model
+from worker.engine.loaded import LoadedModel
+from worker.engine.scheduler import Scheduler
+from worker.engine.sequence import Sequence
+from worker.metrics import WorkerMetrics
+from worker.service.intake import Intake
+from worker.service.lease import Heartbeat, Reaper
+from worker.service.loop import DecodeLoop
+from worker.service.output import OutputProcessor
+from worker.service.publisher import Publisher
+from worker.service.spans import RequestSpans
+from worker.settings import WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+_BROKER_TIMEOUT_S = 30.0
+
+
+def run(settings: WorkerSettings) -> int:
+    """Serve until SIGTERM or SIGINT; the exit code."""
+    configure_logging(settings.log_level, settings.json_output)
+    try:
+        return uvloop.run(_serve(settings))
+    except FleetError as error:
+        logger.error("%s", error)
+        return 1
+
+
+async def _serve(settings: WorkerSettings) -> int:
+    executor = ThreadPoolExecutor(1, thread_name_prefix="engine")
+    started_s = time.monotonic()
+    loading = asyncio.get_running_loop().run_in_executor(executor, load_model, settings)
+    redis = open_redis(settings.redis_url)
+    try:
+        await wait_for_redis(redis, timeout_s=_BROKER_TIMEOUT_S)
+        loaded = await loading
+        logger.info(
+            "model loaded",
+            extra={
+                "model": settings.model_name,
+                "served_by": loaded.served_by,
+                "kv_tokens": loaded.layout.num_tokens,
+                "load_s": round(time.monotonic() - started_s, 2),
+            },
+        )
+        return await Worker(settings, loaded, redis, executor).serve()
+    finally:
+        await redis.aclose()
+        executor.shutdown(wait=False, cancel_futures=True)
+
+
+class Worker:
+    """A loaded model and everything that runs around it."""
+
+    def __init__(self, settings: WorkerSettings, loaded: LoadedModel, redis, executor) -> None:
+        self._settings = settings
+        self._loaded = loaded
+        self._id = f"worker-{uuid.uuid4().hex[:12]}"
+        self._state = "ready"
+        self._card = card = _card(settings, loaded)
+        self._metrics = WorkerMetrics(loaded.layout)
+        self._queue = RequestQueue(redis, ModelKeys(card.model))
+        self._scheduler = Scheduler(
+            loaded.layout,
+            max_step_tokens=max(settings.max_batch_prefill_tokens, loaded.layout.num_slots),
+            prefix_caching=settings.prefix_caching,
+            salt=card.model,
+        )
+        tokenizer = Tokenizer.from_str(loaded.tokenizer_json)
+        processor = OutputProcessor(
+            tokenizer,
+            eos_tokens=frozenset(loaded.eos_tokens),
+            special_tokens=_special_tokens(tokenizer),
+        )
+        tracer = configure_tracing(settings.otlp_endpoint, settings.otlp_service_name)
+        self._spans = RequestSpans(tracer, self._id)
+        self._publisher = Publisher(self._queue, on_end=self._on_end)
+        self._intake = Intake(self._queue, self._id, self._scheduler, processor, self._publisher)
+        self._loop = DecodeLoop(
+            self._scheduler,
+            loaded.engine,
+            processor,
+            self._intake,
+            self._publisher,
+            executor=executor,
+            metrics=self._metrics,
+        )
+        self._registry = WorkerRegistry(redis)
+        self._heartbeat = Heartbeat(
+            self._registry,
+            card,
+            loaded.tokenizer_json.encode(),
+            lease_s=settings.lease_s,
+            status=self._status,
+            busy_since_s=lambda: self._loop.busy_since_s,
+        )
+        self._reaper = Reaper(self._queue, lease_s=settings.lease_s)
+
+    async def serve(self) -> int:
+        """Decode until a signal comes or a task fails; then hand back what is left."""
+        stopping = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+        if self._settings.metrics_port:
+            self._metrics.serve(self._settings.metrics_port)
+        await self._queue.create_group()
+        await self._heartbeat.announce()
+        logger.info("ready", extra={"worker": self._id, "model": self._card.model})
+        tasks = {
+            name: asyncio.create_task(coroutine, name=name)
+            for name, coroutine in (
+                ("decode", self._loop.run()),
+                ("intake", self._intake.run()),
+                ("heartbeat", self._heartbeat.run()),
+                ("reaper", self._reaper.run()),
+                ("stop", stopping.wait()),
+            )
+        }
+        done, _ = await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_COMPLETED)
+        failed = [task for task in done if task.get_name() != "stop"]
+        await self._drain(tasks, has_failed=bool(failed))
+        return _report(failed)
+
+    async def _drain(self, tasks: dict[str, asyncio.Task], *, has_failed: bool) -> None:
+        """Take nothing new, finish or hand back what runs, and leave the registry."""
+        self._state = "draining"
+        await _cancel([tasks["intake"]])
+        if not has_failed and not await self._has_peers():
+            await self._finish_running(tasks["decode"])
+        self._loop.stop()
+        if not has_failed:
+            await asyncio.wait([tasks["decode"]], timeout=self._settings.lease_s)
+            num_released = await self._publisher.release_all()
+            logger.info("drained", extra={"worker": self._id, "handed_back": num_released})
+        await _cancel(tasks.values())
+        await self._heartbeat.retire()
+        self._loaded.engine.close()
+
+    async def _finish_running(self, decode: asyncio.Task) -> None:
+        """Nobody else could go on with what runs here: let it end, for a while."""
+        give_up_at = time.monotonic() + self._settings.drain_s
+        while self._publisher.num_live and time.monotonic() < give_up_at and not decode.done():
+            await asyncio.sleep(0.02)
+
+    async def _has_peers(self) -> bool:
+        """Whether another worker of this model is there to go on."""
+        return any(
+            status.id != self._id and status.state == "ready" and status.seen_s < self._settings.lease_s
+            for status in await self._registry.workers(self._card.model)
+        )
+
+    def _on_end(self, sequence: Sequence, frame: Frame) -> None:
+        self._metrics.observe_end(frame)
+        self._metrics.observe_leases(self._publisher.num_live)
+        self._spans.record(sequence.request, frame)
+
+    def _status(self) -> WorkerStatus:
+        scheduler, step_s = self._scheduler, self._loop.mean_step_s
+        return WorkerStatus(
+            id=self._id,
+            model=self._card.model,
+            state=self._state,
+            slots=self._loaded.layout.num_slots,
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            kv_used=round(scheduler.num_used_blocks / self._loaded.layout.num_blocks, 4),
+            step_s=round(step_s, 6),
+            tokens_per_s=round(scheduler.num_running / step_s, 1) if step_s else 0.0,
+            version=self._card.version,
+        )
+
+
+def _card(settings: WorkerSettings, loaded: LoadedModel) -> ModelCard:
+    max_total_tokens = min(settings.max_total_tokens or loaded.max_total_tokens, loaded.layout.num_tokens)
+    return ModelCard(
+        model=settings.model_name,
+        max_input_tokens=min(settings.max_input_tokens or max_total_tokens - 1, max_total_tokens - 1),
+        max_total_tokens=max_total_tokens,
+        vocab_size=loaded.vocab_size,
+        tokenizer_digest=hashlib.sha256(loaded.tokenizer_json.encode()).hexdigest()[:16],
+        revision=loaded.revision,
+        architecture=loaded.architecture,
+        served_by=loaded.served_by,
+        dtype=loaded.dtype,
+        device=loaded.device,
+        quantization=loaded.quantization,
+        eos_tokens=loaded.eos_tokens,
+        bos_token=loaded.bos_token,
+        eos_token=loaded.eos_token,
+        chat_template=loaded.chat_template,
+        max_batch_total_tokens=loaded.layout.num_tokens,
+        version=version("tokenfleet"),
+    )
+
+
+def _special_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    added = tokenizer.get_added_tokens_decoder()
+    return frozenset(number for number, token in added.items() if token.special)
+
+
+async def _cancel(tasks: Iterable[asyncio.Task]) -> None:
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _report(failed: list[asyncio.Task]) -> int:
+    """Log what ended the worker, if anything did; the exit code."""
+    for task in failed:
+        logger.error("%s task failed, the worker ends", task.get_name(), exc_info=task.exception())
+    return 1 if failed else 0

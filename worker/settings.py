@@ -1,0 +1,123 @@
+"""What an operator can set of a worker. Names are those of TGI's launcher where it has one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.settings import setting
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """Frozen; every "auto" (None) is resolved when the engine is built, into facts of their own."""
+
+    model_id: str = setting(
+        "echo", "Local folder or hub id of the model; `echo` needs no weights.", env=("MODEL_ID",)
+    )
+    revision: str | None = setting(None, "Hub revision: branch, tag or commit.", env=("REVISION",))
+    served_model_name: str | None = setting(
+        None,
+        "Name that clients use for the model; the default is the model id, or a folder's name.",
+    )
+    redis_url: str = setting(
+        "redis://127.0.0.1:6379/0", "Broker: redis://, rediss:// or unix://.", env=("REDIS_URL",)
+    )
+    device: str = setting("auto", "Where the model runs.", choices=("auto", "cpu", "cuda"))
+    dtype: str = setting(
+        "auto",
+        "Number format of weights and activations; auto is bfloat16, or float32 where the device has none.",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        env=("DTYPE",),
+    )
+    threads: int | None = setting(None, "CPU threads of the engine; the default is one per core.")
+    max_input_tokens: int | None = setting(
+        None,
+        "Longest prompt, in tokens; the default is --max-total-tokens less one.",
+        aliases=("--max-input-length",),
+        env=("MAX_INPUT_TOKENS", "MAX_INPUT_LENGTH"),
+    )
+    max_total_tokens: int | None = setting(
+        None,
+        "Longest prompt plus answer; the default is what the model was made for.",
+        env=("MAX_TOTAL_TOKENS",),
+    )
+    max_batch_size: int = setting(64, "Sequences that run at once.", env=("MAX_BATCH_SIZE",))
+    max_batch_prefill_tokens: int = setting(
+        512,
+        "Tokens that one step may run, decoding and prompt chunks together.",
+        env=("MAX_BATCH_PREFILL_TOKENS",),
+    )
+    max_batch_total_tokens: int | None = setting(
+        None,
+        "Tokens that the KV cache holds; the default is what fits in memory.",
+        env=("MAX_BATCH_TOTAL_TOKENS",),
+    )
+    block_size: int = setting(32, "Tokens of one block of the KV cache.")
+    prefix_caching: bool = setting(
+        True, "Keep and reuse the KV blocks of common prompt beginnings.", env=("PREFIX_CACHING",)
+    )
+    memory_fraction: float = setting(
+        0.6,
+        "Share of the free memory that the KV cache may take.",
+        aliases=("--cuda-memory-fraction",),
+        env=("CUDA_MEMORY_FRACTION",),
+    )
+    trust_remote_code: bool = setting(
+        False,
+        "Run Python code that comes with a model. Only for models you have read.",
+        env=("TRUST_REMOTE_CODE",),
+    )
+    huggingface_hub_cache: str | None = setting(
+        None, "Folder of the hub cache.", env=("HUGGINGFACE_HUB_CACHE",)
+    )
+    lease_s: float = setting(
+        5.0, "Seconds without a sign of life after which another worker may take over."
+    )
+    drain_s: float = setting(20.0, "Seconds a stopping worker may spend on finishing what it runs.")
+    echo_delay_ms: float = setting(0.0, "Echo model: time of one step.")
+    echo_salt: str = setting(
+        "", "Echo model: makes this worker's tokens differ from other workers'."
+    )
+    metrics_port: int = setting(0, "Port of the worker's Prometheus metrics; 0 is off.")
+    otlp_endpoint: str | None = setting(
+        None, "OTLP/gRPC endpoint for traces.", env=("OTLP_ENDPOINT",)
+    )
+    otlp_service_name: str = setting(
+        "tokenfleet.worker", "Service name in traces.", env=("OTLP_SERVICE_NAME",)
+    )
+    json_output: bool = setting(False, "Log JSON, one object a line.", env=("JSON_OUTPUT",))
+    log_level: str = setting(
+        "info",
+        "Lowest level that is logged.",
+        choices=("debug", "info", "warning", "error"),
+        env=("LOG_LEVEL",),
+    )
+
+    def __post_init__(self) -> None:
+        if (
+            self.max_input_tokens
+            and self.max_total_tokens
+            and self.max_input_tokens >= self.max_total_tokens
+        ):
+            raise ValueError(
+                "`max_input_tokens` must be < `max_total_tokens`. "
+                f"Given: {self.max_input_tokens} and {self.max_total_tokens}"
+            )
+        if not 0 < self.memory_fraction <= 1:
+            raise ValueError(
+                f"`memory_fraction` must be > 0 and <= 1. Given: {self.memory_fraction}"
+            )
+        for name in ("max_batch_size", "max_batch_prefill_tokens", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1. Given: {getattr(self, name)}")
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients use."""
+        if self.served_model_name:
+            return self.served_model_name
+        return Path(self.model_id).name if self.is_local else self.model_id
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `model_id` is a folder rather than a hub id."""
+        return Path(self.model_id).expanduser().is_dir()
