@@ -59,21 +59,49 @@ class Scripts:
 
         Raises Unavailable when the broker could not be reached for `patience_s`.
         """
+        return (await self.run_all(name, [(keys, args)], patience_s=patience_s))[0]
+
+    async def run_all(
+        self,
+        name: str,
+        calls: Sequence[tuple[Sequence[str | bytes], Sequence[Any]]],
+        *,
+        patience_s: float | None = None,
+    ) -> list[Any]:
+        """The replies of one script called with several (keys, args), in one round trip.
+
+        Raises Unavailable when the broker could not be reached for `patience_s`.
+        """
         patience_s = self._patience_s if patience_s is None else patience_s
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + patience_s
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
-                return await self._evaluate(name, keys, args)
+                return await self._evaluate(name, calls)
             except TRANSIENT as error:
                 if loop.time() + pause_s > give_up_at:
                     raise Unavailable(f"the broker does not answer: {error}") from error
             await asyncio.sleep(random.uniform(0, pause_s))
             pause_s = min(_LONGEST_PAUSE_S, pause_s * 2)
 
-    async def _evaluate(self, name: str, keys: Sequence[str | bytes], args: Sequence[Any]) -> Any:
+    async def _evaluate(
+        self, name: str, calls: Sequence[tuple[Sequence[str | bytes], Sequence[Any]]]
+    ) -> list[Any]:
         try:
-            return await self._redis.evalsha(self._shas[name], len(keys), *keys, *args)
+            return await self._send(name, calls)
         except NoScriptError:
-            return await self._redis.eval(self._sources[name], len(keys), *keys, *args)
+            await self._redis.script_load(self._sources[name])
+            return await self._send(name, calls)
+
+    async def _send(
+        self, name: str, calls: Sequence[tuple[Sequence[str | bytes], Sequence[Any]]]
+    ) -> list[Any]:
+        sha = self._shas[name]
+        if len(calls) == 1:
+            keys, args = calls[0]
+            return [await self._redis.evalsha(sha, len(keys), *keys, *args)]
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for keys, args in calls:
+                pipeline.evalsha(sha, len(keys), *keys, *args)
+            return await pipeline.execute()

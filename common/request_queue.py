@@ -6,6 +6,7 @@ The states of a request and who may move it are in `common/scripts/`; this file 
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
@@ -40,6 +41,15 @@ class QueueDepth:
 
     waiting: int
     running: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A request as an item of a queue stream."""
+
+    queue: str
+    id: str
+    request_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,48 +149,47 @@ class RequestQueue:
                 if not str(error).startswith("BUSYGROUP"):
                     raise
 
-    async def wait(self, worker: str) -> list[tuple[str, str, str]]:
-        """Wait up to a second for the next entry: at most one (queue, entry, request id)."""
+    async def wait(self, worker: str) -> list[Entry]:
+        """Wait up to a second for the next entry; at most one of each queue."""
         streams = dict.fromkeys(self._keys.queues, ">")
         reply = await self._redis.xreadgroup(GROUP, worker, streams, count=1, block=BLOCK_MS)
         return [
-            (queue.decode(), entry.decode(), fields[b"id"].decode())
+            Entry(queue.decode(), entry.decode(), fields[b"id"].decode())
             for queue, items in reply or ()
             for entry, fields in items
         ]
 
-    async def fetch(self, worker: str, *, count: int) -> list[tuple[str, str, str]]:
-        """Up to `count` waiting entries at once, highest priority first: (queue, entry, request id)."""
+    async def fetch(self, worker: str, *, count: int) -> list[Entry]:
+        """Up to `count` waiting entries at once, highest priority first."""
         queues = self._keys.queues
         found = await self._scripts.run("fetch", queues, [GROUP, worker, count])
-        return [(queues[number - 1], entry.decode(), rid.decode()) for number, entry, rid in found]
+        return [
+            Entry(queues[number - 1], entry.decode(), rid.decode()) for number, entry, rid in found
+        ]
 
-    async def lease(self, worker: str, entry: tuple[str, str, str]) -> Lease | None:
-        """Take the request behind a delivered entry; None when there is nothing to run."""
-        queue, entry_id, request_id = entry
-        keys, token = self._keys, f"{worker}:{uuid.uuid4().hex}"
-        names = [keys.request(request_id), keys.journal(request_id), queue]
-        limits = [MAX_STALLED, MAX_ATTEMPTS, DONE_TTL_MS, request_id]
-        reply = await self._scripts.run(
-            "lease",
-            [*names, keys.dead_letters, keys.channel(request_id)],
-            [
-                token,
-                worker,
-                entry_id,
-                GROUP,
-                *limits,
-                CANCELLED_FRAME,
-                DEADLINE_FRAME,
-                POISON_FRAME,
-            ],
-        )
-        if reply[0] != b"OK":
-            return None
-        _, body, frames, waited_ms, left_ms = reply
-        request = decode(GenerationRequest, body)
-        journal = tuple(decode_frame(frame) for frame in frames)
-        return Lease(token, queue, request, journal, waited_ms / 1000, left_ms / 1000)
+    async def lease(self, worker: str, entries: Sequence[Entry]) -> list[Lease]:
+        """Take the requests behind delivered entries; those that are not to be run any more are left out."""
+        if not entries:
+            return []
+        tokens = [f"{worker}:{uuid.uuid4().hex}" for _ in entries]
+        calls = [
+            self._lease_call(worker, entry, token)
+            for entry, token in zip(entries, tokens, strict=True)
+        ]
+        replies = await self._scripts.run_all("lease", calls)
+        return [
+            _lease(token, entry.queue, reply)
+            for token, entry, reply in zip(tokens, entries, replies, strict=True)
+            if reply[0] == b"OK"
+        ]
+
+    def _lease_call(self, worker: str, entry: Entry, token: str) -> tuple[list[str], list[Any]]:
+        keys, rid = self._keys, entry.request_id
+        names = [keys.request(rid), keys.journal(rid), entry.queue]
+        names += [keys.dead_letters, keys.channel(rid)]
+        limits = [MAX_STALLED, MAX_ATTEMPTS, DONE_TTL_MS, rid]
+        frames = [CANCELLED_FRAME, DEADLINE_FRAME, POISON_FRAME]
+        return names, [token, worker, entry.id, GROUP, *limits, *frames]
 
     async def append(self, appends: Sequence[Append], *, patience_s: float) -> list[Appended]:
         """Append one frame to each journal and publish it, in one atomic call.
@@ -228,6 +237,18 @@ class RequestQueue:
         """A guess at when room will be: a second for every request that runs now and is followed by a waiting one."""
         running = (await self.depth()).running
         return max(1, min(60, round(waiting / max(running, 1))))
+
+
+def _lease(token: str, queue: str, reply: list[Any]) -> Lease:
+    _, body, frames, waited_ms, left_ms = reply
+    return Lease(
+        token,
+        queue,
+        decode(GenerationRequest, body),
+        tuple(decode_frame(frame) for frame in frames),
+        waited_ms / 1000,
+        left_ms / 1000,
+    )
 
 
 def _kind(frame: Frame | None) -> str:

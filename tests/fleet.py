@@ -66,7 +66,7 @@ class Process:
                 self._changed.clear()
                 await self._changed.wait()
 
-    def signal(self, number: int) -> None:
+    def send(self, number: int) -> None:
         self.process.send_signal(number)
 
     async def stop(self, number: int = signal.SIGTERM) -> int:

@@ -93,7 +93,7 @@ def test_command_line_starts_light():
 
 
 def test_echo_worker_runs_without_torch():
-    statement = "import worker.service.worker, worker.models.echo"
+    statement = "import worker.service.worker, worker.engine.echo"
     assert not loaded_modules(statement) & {"torch", "transformers"}
 
 

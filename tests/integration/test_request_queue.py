@@ -24,8 +24,8 @@ async def queue(redis: Redis, keys: ModelKeys) -> RequestQueue:
 
 
 async def take(queue: RequestQueue, worker: str = "w1") -> Lease | None:
-    entries = await queue.fetch(worker, count=1)
-    return await queue.lease(worker, entries[0]) if entries else None
+    leases = await queue.lease(worker, await queue.fetch(worker, count=1))
+    return leases[0] if leases else None
 
 
 def an_append(lease: Lease, base: int, frame=None) -> Append:
@@ -97,8 +97,7 @@ async def test_bound_holds_before_any_worker_came(redis: Redis, keys: ModelKeys)
 async def test_priorities_are_served_in_order(queue: RequestQueue):
     for priority in (2, 1, 0, 1):
         await queue.enqueue(a_request(priority=priority), max_waiting=10)
-    entries = await queue.fetch("w1", count=3)
-    leases = [await queue.lease("w1", entry) for entry in entries]
+    leases = await queue.lease("w1", await queue.fetch("w1", count=3))
     assert [lease.request.priority for lease in leases] == [0, 1, 1]
 
 
@@ -106,8 +105,8 @@ async def test_waiting_worker_gets_a_request_at_once(queue: RequestQueue):
     waiting = asyncio.create_task(queue.wait("w1"))
     request = a_request()
     await queue.enqueue(request, max_waiting=10)
-    [(_, _, request_id)] = await waiting
-    assert request_id == request.id
+    [entry] = await waiting
+    assert entry.request_id == request.id
 
 
 async def test_retry_of_an_append_after_a_lost_reply(

@@ -10,4 +10,5 @@ engine.py         our engine: build it, run its steps
 paged_runner.py   the forward pass of a plan on paged memory
 batch.py          a plan as tensors
 memory.py         how much KV cache fits
+echo.py           no weights, no torch: answers with its prompt
 """

@@ -12,7 +12,7 @@ def load_model(settings: WorkerSettings) -> LoadedModel:
     Raises FleetError with one sentence when the model can not be found, read or run here.
     """
     if settings.model_id == ECHO:
-        from worker.models.echo import load_echo
+        from worker.engine.echo import load_echo
 
         return load_echo(settings)
     from worker.engine.engine import build_engine

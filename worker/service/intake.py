@@ -8,7 +8,7 @@ from redis.exceptions import RedisError
 
 from common.errors import FleetError, Unavailable
 from common.lua import TRANSIENT
-from common.request_queue import Lease, RequestQueue
+from common.request_queue import Entry, Lease, RequestQueue
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Sequence
 from worker.service.output import OutputProcessor
@@ -49,7 +49,9 @@ class Intake:
             try:
                 await self._fetch(self._scheduler.room)
             except (*TRANSIENT, Unavailable) as error:
-                logger.warning("the broker does not answer, trying again", extra={"error": str(error)})
+                logger.warning(
+                    "the broker does not answer, trying again", extra={"error": str(error)}
+                )
                 await asyncio.sleep(_PAUSE_S)
             except RedisError as error:
                 if not str(error).startswith("NOGROUP"):
@@ -72,13 +74,11 @@ class Intake:
         if self._scheduler.room > 0:
             self._has_room.set()
 
-    async def lease(self, entry: tuple[str, str, str]) -> None:
-        """Take the request behind a delivered entry, if it is still to be run."""
-        lease = await self._queue.lease(self._worker_id, entry)
-        if lease is None:
-            return
-        self.num_leases += 1
-        self.add(lease)
+    async def lease(self, entries: list[Entry]) -> None:
+        """Take the requests behind delivered entries, as far as they are still to be run."""
+        for lease in await self._queue.lease(self._worker_id, entries):
+            self.num_leases += 1
+            self.add(lease)
 
     def add(self, lease: Lease) -> None:
         """Give a leased request to the scheduler; one that was begun elsewhere goes to the front."""
@@ -93,14 +93,16 @@ class Intake:
         try:
             self._processor.start(sequence)
             self._scheduler.add(sequence, at_front=bool(lease.frames))
-        except FleetError as error:  # this worker can not run it: its client is told, the others live on
+        except (
+            FleetError
+        ) as error:  # this worker can not run it: its client is told, the others live on
             self._publisher.fail(sequence, error)
         self._has_work.set()
 
     async def _fetch(self, room: int) -> None:
+        """Wait for an entry, and begin with it before looking for more: that is a first token's shortest way."""
         entries = await self._queue.wait(self._worker_id)
+        await self.lease(entries)
         if entries and room > len(entries):
-            entries += await self._queue.fetch(self._worker_id, count=room - len(entries))
-        for entry in entries:
-            await self.lease(entry)
-
+            count = room - len(entries)
+            await self.lease(await self._queue.fetch(self._worker_id, count=count))

@@ -91,4 +91,6 @@ class Reaper:
                 logger.warning("could not look for abandoned requests", extra={"error": str(error)})
                 continue
             if num_revoked:
-                logger.warning("took over requests of a dead worker", extra={"requests": num_revoked})
+                logger.warning(
+                    "took over requests of a dead worker", extra={"requests": num_revoked}
+                )

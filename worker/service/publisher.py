@@ -109,7 +109,9 @@ class Publisher:
         await self.flush()
         streams, self._streams = list(self._streams.values()), {}
         released = [
-            await self._queue.release(stream.lease.token, stream.lease.queue, stream.lease.request.id)
+            await self._queue.release(
+                stream.lease.token, stream.lease.queue, stream.lease.request.id
+            )
             for stream in streams
         ]
         return sum(released)

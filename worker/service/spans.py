@@ -47,7 +47,11 @@ class RequestSpans:
 
     def _record_phases(self, finish: Finish, end_s: float, context: Context) -> None:
         start_s = end_s - _total_s(finish)
-        phases = (("queue", finish.queue_s), ("prefill", finish.prefill_s), ("decode", finish.decode_s))
+        phases = (
+            ("queue", finish.queue_s),
+            ("prefill", finish.prefill_s),
+            ("decode", finish.decode_s),
+        )
         for name, duration_s in phases:
             span = self._tracer.start_span(name, context=context, start_time=int(start_s * _NS))
             start_s += duration_s

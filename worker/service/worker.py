@@ -86,7 +86,7 @@ class Worker:
             loaded.layout,
             max_step_tokens=max(settings.max_batch_prefill_tokens, loaded.layout.num_slots),
             prefix_caching=settings.prefix_caching,
-            salt=card.model,
+            salt=f"{card.model}:{card.revision}:{card.dtype}:{card.quantization}",
         )
         tokenizer = Tokenizer.from_str(loaded.tokenizer_json)
         processor = OutputProcessor(
@@ -167,7 +167,9 @@ class Worker:
     async def _has_peers(self) -> bool:
         """Whether another worker of this model is there to go on."""
         return any(
-            status.id != self._id and status.state == "ready" and status.seen_s < self._settings.lease_s
+            status.id != self._id
+            and status.state == "ready"
+            and status.seen_s < self._settings.lease_s
             for status in await self._registry.workers(self._card.model)
         )
 
@@ -193,10 +195,14 @@ class Worker:
 
 
 def _card(settings: WorkerSettings, loaded: LoadedModel) -> ModelCard:
-    max_total_tokens = min(settings.max_total_tokens or loaded.max_total_tokens, loaded.layout.num_tokens)
+    max_total_tokens = min(
+        settings.max_total_tokens or loaded.max_total_tokens, loaded.layout.num_tokens
+    )
     return ModelCard(
         model=settings.model_name,
-        max_input_tokens=min(settings.max_input_tokens or max_total_tokens - 1, max_total_tokens - 1),
+        max_input_tokens=min(
+            settings.max_input_tokens or max_total_tokens - 1, max_total_tokens - 1
+        ),
         max_total_tokens=max_total_tokens,
         vocab_size=loaded.vocab_size,
         tokenizer_digest=hashlib.sha256(loaded.tokenizer_json.encode()).hexdigest()[:16],

@@ -1,0 +1,43 @@
+"""The request's JSON as a pydantic model, or the error that says what is wrong with it."""
+
+from typing import Any, TypeVar
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from pydantic import BaseModel
+from pydantic import ValidationError as BodyError
+
+from common.errors import MalformedRequest, ValidationError
+
+Body = TypeVar("Body", bound=BaseModel)
+
+_NOT_JSON = "Failed to parse the request body as JSON: "
+_WRONG_TYPE = "Failed to deserialize the JSON body into the target type: "
+
+
+async def read_body(request: web.Request, cls: type[Body]) -> Body:
+    """Raises MalformedRequest (400), ValidationError (422), HTTPUnsupportedMediaType or HTTPRequestEntityTooLarge."""
+    kind = request.content_type
+    if kind != "application/json" and not (
+        kind.startswith("application/") and kind.endswith("+json")
+    ):
+        raise web.HTTPUnsupportedMediaType(
+            text="Expected request with `Content-Type: application/json`"
+        )
+    try:
+        data = await request.read()
+    except (web.RequestPayloadError, HttpProcessingError) as error:
+        raise MalformedRequest(f"{_NOT_JSON}the body is broken: {error}") from error
+    try:
+        return cls.model_validate_json(data)
+    except BodyError as error:
+        raise _in_words(error.errors(include_url=False, include_input=False)[0]) from None
+
+
+def _in_words(problem: dict[str, Any]) -> Exception:
+    """The first problem as one line; what the client sent is not repeated."""
+    if problem["type"] == "json_invalid":
+        reason = problem["ctx"]["error"] if "ctx" in problem else problem["msg"]
+        return MalformedRequest(f"{_NOT_JSON}{reason}")
+    place = ".".join(str(part) for part in problem["loc"])
+    return ValidationError(f"{_WRONG_TYPE}{place + ': ' if place else ''}{problem['msg']}")

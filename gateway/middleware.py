@@ -1,0 +1,198 @@
+"""What happens around every handler: record and span, CORS, errors as JSON, the key, and refusal while draining."""
+
+import asyncio
+import hmac
+import logging
+import uuid
+from collections.abc import Awaitable, Callable
+
+from aiohttp import hdrs, web
+from opentelemetry.trace import SpanKind, Status, StatusCode
+
+from common.errors import FleetError, Overloaded, PayloadTooLarge, Unavailable
+from common.telemetry import extract
+from gateway.native_format import error_json
+from gateway.record import RECORD, RequestRecord
+from gateway.services import SERVICES
+
+logger = logging.getLogger("gateway.access")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_QUIET_PATHS = frozenset(
+    ("/health", "/health/live", "/health/ready", "/ready", "/ping", "/metrics")
+)
+_ALLOWED_HEADERS = "authorization, content-type, last-event-id, traceparent, x-request-id"
+_EXPOSED_HEADERS = (
+    "retry-after, x-request-id, x-compute-type, x-compute-time, x-compute-characters, x-total-time, "
+    "x-validation-time, x-queue-time, x-inference-time, x-time-per-token, x-prompt-tokens, x-generated-tokens"
+)
+_ERROR_TYPES = {
+    401: "unauthorized",
+    404: "not_found",
+    405: "method_not_allowed",
+    415: "unsupported_media_type",
+}
+
+
+@web.middleware
+async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give the request an id, a record and a server span; write one log line at its end."""
+    record = request[RECORD] = RequestRecord(id=uuid.uuid4().hex)
+    tracer = request.app[SERVICES].tracer
+    context = extract(request.headers.get("traceparent", ""))
+    status: int | str = "closed"  # by the client, before there was an answer
+    with tracer.start_as_current_span(
+        f"{request.method} {_route(request)}", context, kind=SpanKind.SERVER, record_exception=False
+    ) as span:
+        try:
+            response = await handler(request)
+            status = response.status
+            return response
+        finally:
+            span.set_attributes(
+                {
+                    "http.request.method": request.method,
+                    "http.route": _route(request),
+                    "http.response.status_code": status if isinstance(status, int) else 499,
+                    "tokenfleet.request_id": record.id,
+                    **{f"tokenfleet.{name}": value for name, value in record.fields().items()},
+                }
+            )
+            if status == "closed" or status == 500:
+                span.set_status(Status(StatusCode.ERROR))
+            _log(request, record, status)
+
+
+def _log(request: web.Request, record: RequestRecord, status: int | str) -> None:
+    is_quiet = request.path in _QUIET_PATHS and status == 200
+    logger.log(
+        logging.DEBUG if is_quiet else logging.INFO,
+        "%s %s %s",
+        request.method,
+        _route(request),
+        status,
+        extra={"request_id": record.id, "total_s": round(record.elapsed_s, 6), **record.fields()},
+    )
+
+
+def _route(request: web.Request) -> str:
+    """The route's pattern; never an unknown path, which would be a client's free text in logs and traces."""
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None else "(unknown)"
+
+
+@web.middleware
+async def cors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer preflight requests; `add_headers` does the rest."""
+    if (
+        request.method == hdrs.METH_OPTIONS
+        and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
+    ):
+        headers = {
+            hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, POST",
+            hdrs.ACCESS_CONTROL_ALLOW_HEADERS: _ALLOWED_HEADERS,
+            hdrs.ACCESS_CONTROL_MAX_AGE: "600",
+        }
+        return web.Response(status=204, headers=headers)
+    return await handler(request)
+
+
+async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """The headers of every answer, streams included: the request's id, and CORS."""
+    response.headers[hdrs.SERVER] = "tokenfleet"
+    if (record := request.get(RECORD)) is not None:
+        response.headers["x-request-id"] = record.id
+    origin, allowed = (
+        request.headers.get(hdrs.ORIGIN),
+        request.app[SERVICES].settings.cors_allow_origin,
+    )
+    if origin is None:
+        return
+    if not allowed:
+        response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = "*"
+    elif origin in allowed:
+        response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
+        response.headers.add(hdrs.VARY, hdrs.ORIGIN)
+    response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = _EXPOSED_HEADERS
+
+
+@web.middleware
+async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every error becomes `{"error", "error_type"}`; one that we did not foresee is logged and becomes a 500."""
+    try:
+        return await handler(request)
+    except (asyncio.CancelledError, ConnectionError):
+        raise
+    except FleetError as error:
+        return error_response(request, error)
+    except web.HTTPRequestEntityTooLarge:
+        limit = request.app[SERVICES].settings.payload_limit
+        text = f"The request body is longer than {limit} bytes, the limit of this server"
+        return error_response(request, PayloadTooLarge(text))
+    except web.HTTPException as error:
+        return _http_error(request, error)
+    except Exception:
+        logger.exception("request failed", extra={"request_id": request[RECORD].id})
+        return error_response(
+            request, FleetError("Internal error; the server's log has the details")
+        )
+
+
+def error_response(request: web.Request, error: FleetError) -> web.Response:
+    """The JSON answer to an error, with Retry-After where trying again makes sense."""
+    request[RECORD].error_type = error.kind
+    headers = {}
+    if isinstance(error, Overloaded):
+        headers[hdrs.RETRY_AFTER] = str(error.retry_after_s)
+    elif error.is_retryable:
+        headers[hdrs.RETRY_AFTER] = "1"
+    return web.Response(
+        status=error.http_status,
+        text=error_json(error),
+        content_type="application/json",
+        headers=headers,
+    )
+
+
+def _http_error(request: web.Request, error: web.HTTPException) -> web.StreamResponse:
+    if error.status < 400:
+        raise error
+    kind = _ERROR_TYPES.get(error.status, "http_error")
+    request[RECORD].error_type = kind
+    kept = (hdrs.ALLOW, hdrs.WWW_AUTHENTICATE)
+    headers = {name: error.headers[name] for name in kept if name in error.headers}
+    message = (
+        error.text if error.text and not error.text.startswith(str(error.status)) else error.reason
+    )
+    return web.json_response(
+        {"error": message, "error_type": kind}, status=error.status, headers=headers
+    )
+
+
+def require_key(handler: Handler, *, key: str) -> Handler:
+    """Wrap the handler of a route that needs the key."""
+    expected = f"Bearer {key}".encode()
+
+    async def check(request: web.Request) -> web.StreamResponse:
+        given = request.headers.get(hdrs.AUTHORIZATION, "")
+        scheme, _, credentials = given.partition(" ")
+        normal = f"{scheme.capitalize()} {credentials.strip()}".encode("utf-8", "surrogateescape")
+        if not hmac.compare_digest(normal, expected):
+            raise web.HTTPUnauthorized(
+                text="A valid key is needed: `Authorization: Bearer <key>`",
+                headers={hdrs.WWW_AUTHENTICATE: "Bearer"},
+            )
+        return await handler(request)
+
+    return check
+
+
+@web.middleware
+async def refuse_while_draining(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """A stopping process takes no new work, also not on connections that are already open."""
+    if request.app[SERVICES].is_draining and request.method == hdrs.METH_POST:
+        response = error_response(request, Unavailable("This gateway is stopping; try again"))
+        response.force_close()
+        return response
+    return await handler(request)

@@ -1,0 +1,30 @@
+"""What handlers need, in one typed place: `request.app[SERVICES]`. Made by `gateway.app`, replaced by tests."""
+
+from dataclasses import dataclass
+
+from aiohttp import web
+from opentelemetry.trace import Tracer
+
+from gateway.admission import Admission
+from gateway.exposition import SharedMetrics
+from gateway.generation import Generator
+from gateway.metrics import GatewayMetrics
+from gateway.model_directory import ModelDirectory
+from gateway.settings import GatewaySettings
+
+
+@dataclass(slots=True)
+class Services:
+    """The collaborators of one gateway process."""
+
+    settings: GatewaySettings
+    directory: ModelDirectory
+    generator: Generator
+    admission: Admission
+    metrics: GatewayMetrics
+    shared_metrics: SharedMetrics
+    tracer: Tracer
+    is_draining: bool = False
+
+
+SERVICES = web.AppKey("services", Services)

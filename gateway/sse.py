@@ -1,0 +1,76 @@
+"""A response of server-sent events: headers, keep-alive comments, and an end for clients that stopped reading."""
+
+import asyncio
+from contextlib import suppress
+from typing import Self
+
+from aiohttp import web
+
+COMMENT = b":\n\n"
+_PATIENCE = 4  # keep-alive periods that one write may take before the connection is given up
+
+HEADERS = {
+    "content-type": "text/event-stream",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # nginx would hold events back
+}
+
+
+class EventStream:
+    """Use as `async with EventStream(request, ...) as events`; every way out ends the response.
+
+    `write` waits while the client is slower than its model, so its frames wait in the journal and not here.
+    """
+
+    def __init__(
+        self, request: web.Request, *, keep_alive_s: float, headers: dict[str, str] | None = None
+    ) -> None:
+        self.response = web.StreamResponse(headers={**HEADERS, **(headers or {})})
+        self._request = request
+        self._keep_alive_s = keep_alive_s
+        self._loop = asyncio.get_running_loop()
+        self._written_at = self._loop.time()
+        self._is_writing = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._comment: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        await self.response.prepare(self._request)
+        await self.write(COMMENT)  # aiohttp holds headers back until there is a body
+        self._timer = self._loop.call_later(self._keep_alive_s, self._look)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        if self._timer:
+            self._timer.cancel()
+        if self._comment and not self._comment.done():
+            self._comment.cancel()
+        if kind is None:
+            await self.response.write_eof()
+
+    async def write(self, data: bytes) -> None:
+        """Send complete events. Raises ConnectionError when the client is gone."""
+        self._is_writing, self._written_at = True, self._loop.time()
+        try:
+            await self.response.write(data)
+        finally:
+            self._is_writing = False
+
+    def _look(self) -> None:
+        """After each period: a comment if nothing was written, an end if a write hangs."""
+        quiet_s = self._loop.time() - self._written_at
+        if self._is_writing and quiet_s > _PATIENCE * self._keep_alive_s:
+            if self._request.transport:
+                self._request.transport.abort()
+            return
+        if not self._is_writing and quiet_s >= self._keep_alive_s * 0.99:
+            self._comment = self._loop.create_task(self._write_comment(), name="sse-keep-alive")
+            quiet_s = 0.0
+        pause_s = (
+            self._keep_alive_s - quiet_s if quiet_s < self._keep_alive_s else self._keep_alive_s
+        )
+        self._timer = self._loop.call_later(pause_s, self._look)
+
+    async def _write_comment(self) -> None:
+        with suppress(ConnectionError):  # whoever serves the stream hears of it too
+            await self.write(COMMENT)

@@ -1,0 +1,88 @@
+"""A worker's scheduler, engine and text, called without queue, gateway, HTTP or threads.
+
+It is what `queue_price.py` subtracts: the shortest way from a prompt to its tokens.
+"""
+
+import itertools
+import time
+
+from tokenizers import Tokenizer
+
+from common.messages import GenerationRequest, Sampling, Stopping
+from tests.benchmarks.client import RequestRecord
+from tests.benchmarks.load import Load
+from tests.benchmarks.report import Level, summarize
+from worker.engine.build import load_model
+from worker.engine.scheduler import Scheduler
+from worker.engine.sequence import Sequence
+from worker.service.output import OutputProcessor
+from worker.settings import WorkerSettings
+
+
+def measure_in_process(num_users: int, load: Load, *, step_ms: float) -> Level:
+    """A closed loop of `num_users` on the echo model; a request a user warms up, uncounted."""
+    engine = InProcessWorker(WorkerSettings(model_id="echo", echo_delay_ms=step_ms))
+    indices = itertools.count()
+    try:
+        engine.run(num_users, num_users, load, indices)
+        cpu_start, start = time.process_time(), time.perf_counter()
+        records = engine.run(num_users, load.num_requests, load, indices)
+        wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
+    finally:
+        engine.close()
+    return summarize(records, unit="users", value=num_users, wall_s=wall_s, client_cpu_s=cpu_s)
+
+
+class InProcessWorker:
+    """Plans, steps, advances and commits as `worker.service.loop` does, in one thread."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        loaded = load_model(settings)
+        self._engine = loaded.engine
+        self._tokenizer = Tokenizer.from_str(loaded.tokenizer_json)
+        self._scheduler = Scheduler(
+            loaded.layout,
+            max_step_tokens=max(settings.max_batch_prefill_tokens, loaded.layout.num_slots),
+            prefix_caching=settings.prefix_caching,
+        )
+        self._processor = OutputProcessor(
+            self._tokenizer, eos_tokens=frozenset(loaded.eos_tokens), special_tokens=frozenset()
+        )
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def run(
+        self, num_users: int, num_requests: int, load: Load, indices: itertools.count
+    ) -> list[RequestRecord]:
+        """`num_requests` requests, `num_users` at a time: one that ends makes room for the next."""
+        records: dict[Sequence, RequestRecord] = {}
+        for _ in range(min(num_users, num_requests)):
+            self._add(records, load, next(indices))
+        while (plan := self._scheduler.plan()) is not None:
+            result = self._engine.step(plan)
+            outputs = self._processor.advance(plan, result, self._scheduler.sequence_at)
+            self._scheduler.commit(plan, outputs)
+            now = time.perf_counter()
+            for output in outputs:
+                record = records[output.sequence]
+                record.token_times.append(now)
+                record.ended_at = now
+                if output.frame.is_terminal and len(records) < num_requests:
+                    self._add(records, load, next(indices))
+        return list(records.values())
+
+    def _add(self, records: dict[Sequence, RequestRecord], load: Load, index: int) -> None:
+        now = time.perf_counter()
+        sequence = Sequence(
+            GenerationRequest(
+                id=f"direct-{index}",
+                model="echo",
+                prompt_tokens=tuple(self._tokenizer.encode(load.prompt(index)).ids),
+                sampling=Sampling(),
+                stopping=Stopping(load.max_new_tokens, ignore_eos=True),
+            )
+        )
+        self._processor.start(sequence)
+        self._scheduler.add(sequence)
+        records[sequence] = RequestRecord(now, now)

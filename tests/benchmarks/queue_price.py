@@ -1,0 +1,133 @@
+"""The price of the queue: what gateway, broker and worker loop add to the first token and to every
+later one.
+
+    python -m tests.benchmarks.queue_price
+
+The echo model's step takes a known, steady time, so the difference between the same scheduler and
+engine called in this process and a request through HTTP, gateway, broker and worker is what the
+path costs. HTTP and the load generator's own time are in it; all processes share the cores. Users
+whose answers are equally long stay in step: with many of them, the first token is a burst's.
+"""
+
+import json
+import sys
+import tempfile
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import click
+
+from common.broker import start_broker
+from tests.benchmarks.client import StreamClient, WallClock
+from tests.benchmarks.in_process import measure_in_process
+from tests.benchmarks.load import Load, numbers, run_async, run_levels
+from tests.benchmarks.machine import machine
+from tests.benchmarks.prompts import BytePrompts
+from tests.benchmarks.report import Level, aligned, plain, table
+from tests.benchmarks.servers import first_token, free_port, process
+from tests.benchmarks.targets import target_for
+
+READY_TIMEOUT_S = 60.0
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--concurrency", "users", callback=numbers(int), default="1,32")
+@click.option("--requests-per-user", default=8)
+@click.option("--step-ms", default=5.0, help="Time of one step of the echo model.")
+@click.option("--prompt-tokens", default=64)
+@click.option("--new-tokens", default=64)
+@click.option("--redis-url", help="Use this broker; else a private one, append-only file on.")
+def main(
+    users: list[int],
+    requests_per_user: int,
+    step_ms: float,
+    prompt_tokens: int,
+    new_tokens: int,
+    redis_url: str | None,
+) -> None:
+    """Measure the echo model here and through the fleet; print tables, then one line of JSON."""
+    host = machine()
+    click.echo(f"{host.line}\necho model, a step is {step_ms:g} ms\n")
+    prompt = BytePrompts(prompt_tokens)
+    loads = {num: Load(prompt, new_tokens, num * requests_per_user, 120.0) for num in users}
+    direct = [measure_in_process(num, load, step_ms=step_ms) for num, load in loads.items()]
+    queued = run_async(_through_the_fleet(loads, step_ms, redis_url))
+    click.echo("in this process\n" + table(direct))
+    click.echo("through gateway, broker and worker\n" + table(queued))
+    prices = [_price(before, after) for before, after in zip(direct, queued, strict=True)]
+    click.echo(_price_table(prices))
+    facts = {"step_ms": step_ms, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+    facts |= {"prices": prices, "direct": [level.facts for level in direct]}
+    facts |= {"queued": [level.facts for level in queued]}
+    click.echo(json.dumps(plain({"benchmark": "queue_price", "machine": host.facts} | facts)))
+    sys.exit(1 if any(level.errors for level in queued) else 0)
+
+
+async def _through_the_fleet(
+    loads: dict[int, Load], step_ms: float, redis_url: str | None
+) -> list[Level]:
+    """A private broker, one gateway and one worker; every level in turn."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tokenfleet-bench-")))
+        if redis_url is None:
+            broker = start_broker(folder / "broker", port=0)
+            stack.callback(broker.stop)
+            redis_url = broker.url
+        place = ["--redis-url", redis_url]
+        commands = {
+            "worker": ["worker", "--model-id", "echo", "--echo-delay-ms", str(step_ms), *place],
+            "gateway": ["gateway", "--hostname", "127.0.0.1", "--port", str(port), *place],
+        }
+        children = {
+            name: await stack.enter_async_context(process(name, arguments, folder))
+            for name, arguments in commands.items()
+        }
+        await first_token(url, children, folder, timeout_s=READY_TIMEOUT_S)
+        levels = []
+        for num_users, load in loads.items():
+            client = StreamClient(url, target_for("tgi"), clock=WallClock())
+            levels += await run_levels(
+                client, load, users=[num_users], rates=[], num_warmup=num_users
+            )
+        return levels
+
+
+def _price(direct: Level, queued: Level) -> dict[str, float]:
+    """Medians of both ways and their differences, in milliseconds."""
+    first = queued.first_token_ms.p50 - direct.first_token_ms.p50
+    token = queued.token_ms.p50 - direct.token_ms.p50
+    return {
+        "users": direct.value,
+        "direct_first_token_ms": direct.first_token_ms.p50,
+        "queued_first_token_ms": queued.first_token_ms.p50,
+        "added_first_token_ms": first,
+        "direct_token_ms": direct.token_ms.p50,
+        "queued_token_ms": queued.token_ms.p50,
+        "added_token_ms": token,
+    }
+
+
+def _price_table(prices: list[dict[str, float]]) -> str:
+    rows = [
+        [
+            "users",
+            "first token ms: direct",
+            "queued",
+            "added",
+            "a token ms: direct",
+            "queued",
+            "added",
+        ]
+    ]
+    for price in prices:
+        users, *times = price.values()
+        rows.append([f"{users:g}", *(f"{time:.2f}" for time in times)])
+    return "\n".join(
+        ["the price of the queue, medians", *aligned(rows, extra_space_before=[4]), ""]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The rules of a request: TGI's messages word by word, in TGI's order, and how values are resolved."""
+
+import json
+
+import pytest
+
+from common.errors import ValidationError
+from gateway.model_directory import ServedModel
+from gateway.schemas.native import GenerateBody
+from gateway.settings import GatewaySettings
+from gateway.tokenization import TokenizerCache
+from gateway.validation import validate
+
+
+@pytest.fixture
+async def model(fleet):
+    cache = TokenizerCache(num_threads=1)
+    card = fleet.registry.cards["tiny"]  # 20 input tokens, 30 in total
+    yield ServedModel(card, await cache.load("bytes", fleet.registry.tokenizers["bytes"]))
+    cache.close()
+
+
+async def check(
+    model, inputs="Hi", *, is_stream=False, settings=None, full_text=False, **parameters
+):
+    body = GenerateBody.model_validate_json(
+        json.dumps({"inputs": inputs, "parameters": parameters})
+    )
+    return await validate(
+        body,
+        model,
+        settings or GatewaySettings(),
+        request_id="r",
+        is_stream=is_stream,
+        returns_full_text=full_text,
+    )
+
+
+# Each line also breaks the rule of the next one, so the table is the order too.
+RULES = [
+    ({"best_of": 3}, "`best_of` must be > 0 and <= 2. Given: 3"),
+    ({"best_of": 2, "max_new_tokens": 0}, "you must use sampling when `best_of` is > 1"),
+    ({"temperature": 0, "repetition_penalty": 0}, "`temperature` must be strictly positive"),
+    (
+        {"repetition_penalty": 0, "frequency_penalty": 3},
+        "`repetition_penalty` must be strictly positive",
+    ),
+    ({"frequency_penalty": 2.1, "top_p": 1}, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
+    ({"presence_penalty": -2.1, "top_p": 1}, "`presence_penalty` must be >= -2.0 and <= 2.0"),
+    ({"top_p": 1.0, "typical_p": 0.0}, "`top_p` must be > 0.0 and < 1.0"),
+    ({"typical_p": 0.0, "top_k": 0}, "`typical_p` must be > 0.0 and < 1.0"),
+    ({"min_p": 1.1, "top_k": 0}, "`min_p` must be >= 0.0 and <= 1.0"),
+    ({"top_k": 0, "max_new_tokens": 0}, "`top_k` must be strictly positive"),
+    ({"max_new_tokens": 0, "stop": ["a"] * 5}, "`max_new_tokens` must be strictly positive"),
+    ({"stop": ["a"] * 5}, "`stop` supports up to 4 stop sequences. Given: 5"),
+    (
+        {"best_of": 2, "do_sample": True, "seed": 1, "top_n_tokens": 6},
+        "`seed` must not be set when `best_of` > 1",
+    ),
+    ({"top_n_tokens": 6, "truncate": 0}, "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
+    (
+        {"truncate": 0, "max_new_tokens": 99},
+        "`truncate` must be strictly positive and less than 20. Given: 0",
+    ),
+    ({"truncate": 21}, "`truncate` must be strictly positive and less than 20. Given: 21"),
+    (
+        {"max_new_tokens": 29},
+        "`inputs` tokens + `max_new_tokens` must be <= 30. Given: 2 `inputs` tokens and 29 `max_new_tokens`",
+    ),
+    (
+        {"min_new_tokens": 8, "max_new_tokens": 7},
+        "`min_new_tokens` must be >= 0 and <= 7. Given: 8",
+    ),
+    ({"grammar": {}}, "grammar is not supported"),
+    ({"watermark": True}, "`watermark` is not supported; leave it out or set it to false"),
+    ({"adapter_id": "a"}, "`adapter_id` is not supported; leave it out"),
+]
+
+
+@pytest.mark.parametrize(("parameters", "message"), RULES)
+async def test_rule(model, parameters, message):
+    with pytest.raises(ValidationError) as raised:
+        await check(model, **parameters)
+    assert str(raised.value) == f"Input validation error: {message}"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "parameters", "message"),
+    [
+        ("", {"truncate": 0}, "`inputs` cannot be empty"),
+        ("x" * 21, {"max_new_tokens": 1}, "`inputs` must have less than 20 tokens. Given: 21"),
+        ("x" * 30, {}, "`inputs` must have less than 20 tokens. Given: 30"),
+        (
+            "x" * 31,
+            {},
+            "`inputs` tokens + `max_new_tokens` must be <= 30. Given: 31 `inputs` tokens and 0 `max_new_tokens`",
+        ),
+    ],
+)
+async def test_rule_of_the_prompt(model, inputs, parameters, message):
+    with pytest.raises(ValidationError) as raised:
+        await check(model, inputs, **parameters)
+    assert str(raised.value) == f"Input validation error: {message}"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        (
+            {"best_of": 2, "decoder_input_details": True},
+            "`best_of` != 1 is not supported when streaming tokens",
+        ),
+        (
+            {"decoder_input_details": True, "temperature": 0},
+            "`decoder_input_details` == true is not supported when streaming tokens",
+        ),
+    ],
+)
+async def test_rule_of_streams(model, parameters, message):
+    with pytest.raises(ValidationError) as raised:
+        await check(model, is_stream=True, **parameters)
+    assert str(raised.value) == f"Input validation error: {message}"
+
+
+async def test_best_of_that_is_switched_off(model):
+    with pytest.raises(ValidationError, match="is not allowed for this endpoint"):
+        await check(model, best_of=2, do_sample=True, settings=GatewaySettings(max_best_of=1))
+
+
+async def test_limits_are_reached_exactly(model):
+    valid = await check(model, "x" * 20, max_new_tokens=10, truncate=20)
+    assert valid.num_prompt_tokens == 20 and valid.request.stopping.max_new_tokens == 10
+
+
+async def test_answer_may_be_as_long_as_the_model_allows(model):
+    assert (await check(model, "x" * 12)).request.stopping.max_new_tokens == 18
+
+
+async def test_truncation_keeps_the_end(model):
+    assert (await check(model, "abc" * 10, truncate=2)).request.prompt_tokens == (65, 66)
+
+
+async def test_absent_parameters_are_greedy(model):
+    sampling = (await check(model)).request.sampling
+    assert not sampling.do_sample and sampling.seed == 0 and sampling.temperature == 1.0
+
+
+@pytest.mark.parametrize(
+    ("parameters", "does_sample"),
+    [
+        ({"temperature": 1.0}, False),
+        ({"temperature": 0.5}, True),
+        ({"top_k": 3}, True),
+        ({"top_p": 0.5}, True),
+        ({"typical_p": 0.5}, True),
+        ({"min_p": 0.0}, False),
+        ({"min_p": 0.1}, True),
+        ({"do_sample": True}, True),
+        ({"repetition_penalty": 1.2, "frequency_penalty": 1, "presence_penalty": 1}, False),
+        ({"seed": 4}, False),
+    ],
+)
+async def test_what_turns_sampling_on(model, parameters, does_sample):
+    assert (await check(model, **parameters)).request.sampling.do_sample is does_sample
+
+
+async def test_missing_seed_is_drawn_for_every_request(model):
+    seeds = {(await check(model, do_sample=True)).request.sampling.seed for _ in range(8)}
+    assert len(seeds) == 8 and all(0 <= seed < 2**64 for seed in seeds)
+
+
+async def test_best_of_makes_requests_that_differ_by_seed(model):
+    valid = await check(model, best_of=2, do_sample=True)
+    assert [request.id for request in valid.requests] == ["r-0", "r-1"]
+    assert len({request.sampling.seed for request in valid.requests}) == 2
+
+
+async def test_full_text(model):
+    assert (await check(model)).prefix == ""
+    assert (await check(model, return_full_text=True)).prefix == "Hi"
+    assert (await check(model, full_text=True)).prefix == "Hi"
+    assert (await check(model, full_text=True, return_full_text=False)).prefix == ""
+
+
+async def test_details(model):
+    assert not (await check(model)).has_details
+    assert (await check(model, details=True)).has_details
+    valid = await check(model, decoder_input_details=True)
+    assert valid.has_details and valid.request.prompt_logprobs
+
+
+async def test_our_own_parameters(model):
+    valid = await check(
+        model, ignore_eos_token=True, include_stop=False, min_new_tokens=2, stop=["a", "b"]
+    )
+    stopping = valid.request.stopping
+    assert stopping.ignore_eos and not stopping.include_stop and stopping.min_new_tokens == 2
+    assert stopping.stop == ("a", "b")
+
+
+async def test_long_prompt_is_tokenized_in_a_thread_alike(model):
+    text = "héllo wörld " * 300
+    assert await model.tokenizer.encode(text) == 300 * await model.tokenizer.encode("héllo wörld ")
+
+
+async def test_tokenizer_that_fails_is_a_validation_error(model):
+    with pytest.raises(ValidationError, match="tokenizer error"):
+        await model.tokenizer.encode("\ud800")
+
+
+async def test_file_that_is_no_tokenizer():
+    cache = TokenizerCache(num_threads=1)
+    with pytest.raises(ValueError, match=r"not a tokenizer\.json"):
+        await cache.load("x", b"{}")
+    cache.close()

@@ -1,0 +1,215 @@
+"""Weights arrive whole, cut for each shard; and what does not fit is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from worker.layers.build import Build
+from worker.layers.embedding import VocabularyEmbedding, VocabularyHead
+from worker.layers.linear import ColumnLinear, MergedColumnLinear, QkvLinear, RowLinear
+from worker.parallel.group import Shard
+from worker.weights.files import ModelFilesError, ModelFolder, find_model
+from worker.weights.loader import WeightError, load_weights
+from worker.weights.pieces import WeightNames
+
+CPU = torch.device("cpu")
+HIDDEN, HEADS, KV_HEADS, DIM, VOCAB = 6, 4, 2, 3, 7
+
+
+class Toy(nn.Module):
+    """One of each kind of layer."""
+
+    def __init__(self, shard: Shard, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        build = Build(dtype=dtype, shard=shard)
+        self.embedding = VocabularyEmbedding(VOCAB, HIDDEN, build)
+        self.qkv = QkvLinear(
+            HIDDEN, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, build=build, has_bias=True
+        )
+        self.output = RowLinear(HEADS * DIM, HIDDEN, build, has_bias=True)
+        self.gate_up = MergedColumnLinear(HIDDEN, [("gate", 8), ("up", 8)], build)
+        self.plain = ColumnLinear(HIDDEN, 8, build)
+        self.head = VocabularyHead(HIDDEN, VOCAB, build)
+
+
+NAMES = WeightNames(
+    table={
+        "model.embed.weight": "embedding.weight",
+        **{f"model.{part}.weight": f"qkv.weight:{part}" for part in "qkv"},
+        **{f"model.{part}.bias": f"qkv.bias:{part}" for part in "qkv"},
+        "model.o.weight": "output.weight",
+        "model.o.bias": "output.bias",
+        "model.gate.weight": "gate_up.weight:gate",
+        "model.up.weight": "gate_up.weight:up",
+        "model.plain.weight": "plain.weight",
+        "head.weight": "head.weight",
+    },
+    aliases={"head.weight": "model.embed.weight"},
+    ignored=(".inv_freq",),
+    prefix="model.",
+)
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = {
+        "model.embed.weight": (VOCAB, HIDDEN),
+        "model.q.weight": (HEADS * DIM, HIDDEN),
+        "model.k.weight": (KV_HEADS * DIM, HIDDEN),
+        "model.v.weight": (KV_HEADS * DIM, HIDDEN),
+        "model.q.bias": (HEADS * DIM,),
+        "model.k.bias": (KV_HEADS * DIM,),
+        "model.v.bias": (KV_HEADS * DIM,),
+        "model.o.weight": (HIDDEN, HEADS * DIM),
+        "model.o.bias": (HIDDEN,),
+        "model.gate.weight": (8, HIDDEN),
+        "model.up.weight": (8, HIDDEN),
+        "model.plain.weight": (8, HIDDEN),
+        "head.weight": (VOCAB, HIDDEN),
+    }
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+def load(
+    folder: Path, values: dict[str, torch.Tensor], shard: Shard = Shard(), **options: object
+) -> Toy:
+    save_file(values, folder / "model.safetensors")
+    toy = Toy(shard, **options)
+    load_weights(toy, NAMES, ModelFolder(folder).weight_files(), CPU)
+    return toy
+
+
+def test_one_shard_computes_the_plain_products(tmp_path: Path) -> None:
+    values = tensors()
+    toy = load(tmp_path, values)
+    x = torch.randn(5, HIDDEN)
+    qkv = [x @ values[f"model.{part}.weight"].T + values[f"model.{part}.bias"] for part in "qkv"]
+    torch.testing.assert_close(toy.qkv(x), torch.cat(qkv, dim=-1))
+    torch.testing.assert_close(toy.head(x), x @ values["head.weight"].T)
+    y = torch.randn(5, HEADS * DIM)
+    torch.testing.assert_close(
+        toy.output(y), y @ values["model.o.weight"].T + values["model.o.bias"]
+    )
+    assert torch.equal(toy.embedding(torch.tensor([3, 6])), values["model.embed.weight"][[3, 6]])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_shards_sum_and_join_to_the_whole(tmp_path: Path, size: int) -> None:
+    """The collectives themselves are tested with processes; here their work is done by hand."""
+    values = tensors()
+    toys = [load(tmp_path, values, Shard(rank, size)) for rank in range(size)]
+    x, y = torch.randn(5, HIDDEN), torch.randn(5, HEADS * DIM)
+    share = HEADS * DIM // size
+    summed = sum(
+        toy.output.product(y[:, i * share : (i + 1) * share]) for i, toy in enumerate(toys)
+    )
+    torch.testing.assert_close(summed, y @ values["model.o.weight"].T + values["model.o.bias"])
+    joined = torch.cat([toy.head.product(x) for toy in toys], dim=-1)[:, :VOCAB]
+    torch.testing.assert_close(joined, x @ values["head.weight"].T)
+    heads = HEADS // size
+    for rank, toy in enumerate(toys):
+        kv_heads = [0, 1] if size == 1 else [rank * KV_HEADS // size]
+        rows = {"q": range(rank * heads * DIM, (rank + 1) * heads * DIM)}
+        rows["k"] = rows["v"] = [head * DIM + i for head in kv_heads for i in range(DIM)]
+        expected = [
+            x @ values[f"model.{part}.weight"][list(rows[part])].T
+            + values[f"model.{part}.bias"][list(rows[part])]
+            for part in "qkv"
+        ]
+        torch.testing.assert_close(toy.qkv(x), torch.cat(expected, dim=-1))
+        gate, up = (values[f"model.{part}.weight"].chunk(size)[rank] for part in ("gate", "up"))
+        torch.testing.assert_close(toy.gate_up(x), torch.cat((x @ gate.T, x @ up.T), dim=-1))
+
+
+def test_a_tied_head_uses_the_embedding_unless_the_files_have_one(tmp_path: Path) -> None:
+    values = tensors()
+    del values["head.weight"]
+    toy = load(tmp_path, values)
+    x = torch.randn(2, HIDDEN)
+    torch.testing.assert_close(toy.head(x), x @ values["model.embed.weight"].T)
+    assert torch.equal(toy.embedding(torch.tensor([1])), values["model.embed.weight"][[1]])
+
+
+def test_bfloat16_is_packed_and_stays_close(tmp_path: Path) -> None:
+    values = tensors()
+    toy = load(tmp_path, values, dtype=torch.bfloat16)
+    for num_rows in (1, 3, 40):
+        x = torch.randn(num_rows, HIDDEN).bfloat16()
+        expected = x.float() @ values["model.plain.weight"].bfloat16().float().T
+        torch.testing.assert_close(toy.plain(x).float(), expected, atol=0.05, rtol=0.02)
+
+
+def test_names_may_lack_the_prefix_and_useless_tensors_are_passed_over(tmp_path: Path) -> None:
+    values = {name.removeprefix("model."): value for name, value in tensors().items()}
+    toy = load(tmp_path, values | {"layers.0.rotary.inv_freq": torch.ones(2)})
+    assert toy.qkv.product is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.k.weight": None}, "missing: model.k.weight"),
+        ({"model.embed.weight": None, "head.weight": None}, "missing: head.weight"),
+        ({"extra.weight": torch.ones(2)}, "unexpected: extra.weight"),
+        (
+            {"model.up.weight": torch.ones(8, 5)},
+            r"wrong shape: model.up.weight is \(8, 5\).*\(8, 6\)",
+        ),
+        ({"k.weight": torch.ones(6, 6)}, "stored twice: model.k.weight"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path: Path, change: dict, message: str) -> None:
+    values = {name: value for name, value in (tensors() | change).items() if value is not None}
+    with pytest.raises(WeightError, match=message):
+        load(tmp_path, values)
+
+
+def test_several_files_with_an_index(tmp_path: Path) -> None:
+    values = tensors()
+    names = list(values)
+    parts = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
+    for file, members in parts.items():
+        save_file({name: values[name] for name in members}, tmp_path / file)
+    index = {"weight_map": {name: file for file, members in parts.items() for name in members}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    toy = Toy(Shard())
+    load_weights(toy, NAMES, ModelFolder(tmp_path).weight_files(), CPU)
+    x = torch.randn(2, HIDDEN)
+    torch.testing.assert_close(toy.plain(x), x @ values["model.plain.weight"].T)
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(
+        ModelFilesError, match="lacks weight files that its index names: b.safetensors"
+    ):
+        ModelFolder(tmp_path).weight_files()
+
+
+def test_shards_must_divide_the_heads() -> None:
+    build = Build(dtype=torch.float32, shard=Shard(0, 3))
+    with pytest.raises(ValueError, match="attention heads must be divisible .* Given: 4 and 3"):
+        QkvLinear(HIDDEN, num_heads=4, num_kv_heads=2, head_dim=3, build=build)
+
+
+def test_a_folder_that_is_no_model_says_what_it_lacks(tmp_path: Path) -> None:
+    with pytest.raises(ModelFilesError, match="no config.json"):
+        find_model(str(tmp_path)).config()
+    with pytest.raises(ModelFilesError, match="there is no folder"):
+        find_model(str(tmp_path / "absent"))
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ModelFilesError, match="pytorch_model.bin, which must be converted"):
+        find_model(str(tmp_path)).weight_files()
+
+
+def test_a_model_that_is_not_cached_is_one_sentence_when_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelFilesError, match="nobody/nothing is not in the hub's cache"):
+        find_model("nobody/nothing", cache_dir=str(tmp_path))
+    with pytest.raises(ModelFilesError, match="neither a folder nor a hub id"):
+        find_model("no//thing", cache_dir=str(tmp_path))

@@ -1,0 +1,105 @@
+"""How many tokens the KV cache holds, and its memory. Knows sizes, not models."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from worker.engine.plan import KvCacheLayout
+from worker.layers.attention import KvCache
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """What one token needs on one shard."""
+
+    num_layers: int
+    num_kv_heads: int  # on this shard
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+def plan_kv_cache(
+    shape: KvShape,
+    *,
+    block_size: int,
+    num_slots: int,
+    max_total_tokens: int,
+    max_batch_total_tokens: int | None,
+    memory_fraction: float,
+    free_bytes: int,
+) -> KvCacheLayout:
+    """How many blocks to allocate: what was asked for, or what fits, but never more than all slots
+    could fill.
+
+    Raises:
+        ValueError: not even one sequence of full length would fit.
+    """
+    blocks_per_sequence = -(-max_total_tokens // block_size)
+    budget_bytes = int(free_bytes * memory_fraction)
+    affordable = budget_bytes // (block_size * shape.token_bytes)
+    if max_batch_total_tokens is not None:
+        wanted = max_batch_total_tokens // block_size
+        if wanted < blocks_per_sequence:
+            raise ValueError(
+                "`max_batch_total_tokens` must hold one sequence of `max_total_tokens`, in whole blocks. "
+                f"Given: {max_batch_total_tokens} and {max_total_tokens}, with blocks of {block_size}"
+            )
+        if wanted * block_size * shape.token_bytes > free_bytes:
+            raise ValueError(
+                f"`max_batch_total_tokens` of {max_batch_total_tokens} needs "
+                f"{wanted * block_size * shape.token_bytes / 2**20:.0f} MiB of KV cache; "
+                f"{free_bytes / 2**20:.0f} MiB are free. Lower it, or `max_total_tokens`"
+            )
+    else:
+        wanted = min(affordable, num_slots * blocks_per_sequence)
+        if wanted < blocks_per_sequence:
+            raise ValueError(
+                f"the KV cache must hold one sequence of `max_total_tokens` ({max_total_tokens}), which needs "
+                f"{blocks_per_sequence * block_size * shape.token_bytes / 2**20:.0f} MiB; `memory_fraction` "
+                f"{memory_fraction} of {free_bytes / 2**20:.0f} MiB free is {budget_bytes / 2**20:.0f} MiB. "
+                "Lower `max_total_tokens` or raise `memory_fraction`"
+            )
+    return KvCacheLayout(num_blocks=wanted, block_size=block_size, num_slots=num_slots)
+
+
+def allocate_kv_cache(layout: KvCacheLayout, shape: KvShape, device: torch.device) -> KvCache:
+    """The cache, all zeros: what a mask hides is read nevertheless, and must be finite."""
+    sizes = (layout.num_blocks, layout.block_size, 2 * shape.num_kv_heads, shape.head_dim)
+    if device.type != "cpu":
+        layers = [
+            torch.zeros(sizes, dtype=shape.dtype, device=device) for _ in range(shape.num_layers)
+        ]
+    else:
+        layers = [_untouched_zeros(sizes, shape.dtype) for _ in range(shape.num_layers)]
+    return KvCache(tuple(layers))
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """What this process may still take, on the device; for a CPU also within its control group."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        limits = [int(fields["MemAvailable"].split()[0]) * 1024]
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        limits.append(int(text) - int(used.read_text()))
+    return max(0, min(limits))
+
+
+def _untouched_zeros(sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that take memory only when they are written: calloc's pages, where torch.zeros would
+    touch each."""
+    num_bytes = int(np.prod(sizes)) * dtype.itemsize
+    raw = np.zeros(num_bytes + 64, dtype=np.uint8)
+    offset = -raw.ctypes.data % 64  # to a cache line
+    return torch.from_numpy(raw[offset : offset + num_bytes]).view(dtype).view(sizes)

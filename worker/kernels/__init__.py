@@ -1,0 +1,6 @@
+"""Attention kernels.
+
+metadata.py   which tokens attend to which blocks, made once a step
+reference.py  the definition, slow and obvious: the oracle of the tests
+sdpa.py       gather the blocks, then torch's scaled dot product attention: any device
+"""

@@ -1,0 +1,178 @@
+"""What the config.json of a checkpoint says, in our words. The only file that knows its quirks.
+
+Two generations of names are read: `rope_scaling` with a bare `rope_theta`, and transformers 5's
+`rope_parameters`; `torch_dtype` and `dtype`. Transformers itself is not imported: that would cost
+seconds at every start.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from worker.layers.rotary import ROPE_KINDS, RopeConfig
+
+
+class ConfigError(ValueError):
+    """A checkpoint's config.json asks for something that this engine does not compute."""
+
+
+class ServedConfig(Protocol):
+    """What the engine needs to know of any model, whatever else its family's config holds."""
+
+    architecture: str
+    vocab_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    windows: tuple[int | None, ...]
+    dtype: str
+    eos_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Sizes and switches of one decoder-only model, before it is divided among shards."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    norm_eps: float
+    activation: str
+    rope: RopeConfig
+    windows: tuple[int | None, ...]  # a layer each: how many newest positions it sees; None is all
+    has_qkv_bias: bool = False
+    has_output_bias: bool = False  # of the attention's output projection
+    has_mlp_bias: bool = False
+    has_qk_norm: bool = False
+    is_head_tied: bool = False  # to the embedding; used when the files have no tensor for the head
+    dtype: str = ""  # of the files, as the config names it; empty if it does not
+    eos_tokens: tuple[int, ...] = ()
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
+        """Read a parsed config.json. Raises ConfigError."""
+        try:
+            return _llama_family(hf)
+        except KeyError as error:
+            raise ConfigError(
+                f"config.json has no {error}, which this architecture needs"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Defaults:
+    """What a family's config class assumes where the file is silent."""
+
+    max_positions: int
+    window: int | None = None
+    has_window_switch: bool = False  # `use_sliding_window` must be true for the window to count
+    has_fixed_qkv_bias: bool = False
+    has_qk_norm: bool = False
+
+
+_FAMILIES = {
+    "LlamaForCausalLM": _Defaults(max_positions=2048),
+    "MistralForCausalLM": _Defaults(max_positions=131_072, window=4096),
+    "Qwen2ForCausalLM": _Defaults(
+        max_positions=32_768, window=4096, has_window_switch=True, has_fixed_qkv_bias=True
+    ),
+    "Qwen3ForCausalLM": _Defaults(
+        max_positions=32_768, window=4096, has_window_switch=True, has_qk_norm=True
+    ),
+}
+
+
+def _llama_family(hf: Mapping[str, Any]) -> ModelConfig:
+    architecture = (hf.get("architectures") or [""])[0]
+    if architecture not in _FAMILIES:
+        raise ConfigError(
+            f"architecture {architecture!r} is unknown to ModelConfig; known: {', '.join(_FAMILIES)}"
+        )
+    family = _FAMILIES[architecture]
+    has_bias = bool(hf.get("attention_bias", False))
+    num_heads = hf["num_attention_heads"]
+    max_positions = hf.get("max_position_embeddings") or family.max_positions
+    rope = _rope(hf, max_positions)
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["hidden_size"],
+        intermediate_size=hf["intermediate_size"],
+        num_layers=hf["num_hidden_layers"],
+        num_heads=num_heads,
+        num_kv_heads=hf.get("num_key_value_heads") or num_heads,
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // num_heads,
+        # A dynamic rope states the length before scaling, all others the length after it.
+        max_positions=int(max_positions * rope.factor) if rope.kind == "dynamic" else max_positions,
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        activation=hf.get("hidden_act", "silu"),
+        rope=rope,
+        windows=_windows(hf, family),
+        has_qkv_bias=family.has_fixed_qkv_bias or has_bias,
+        has_output_bias=has_bias and not family.has_fixed_qkv_bias,
+        has_mlp_bias=bool(hf.get("mlp_bias", False)),
+        has_qk_norm=family.has_qk_norm,
+        is_head_tied=bool(hf.get("tie_word_embeddings", False)),
+        dtype=str(hf.get("dtype") or hf.get("torch_dtype") or ""),
+        eos_tokens=token_list(hf.get("eos_token_id")),
+    )
+
+
+def _windows(hf: Mapping[str, Any], family: _Defaults) -> tuple[int | None, ...]:
+    num_layers = hf["num_hidden_layers"]
+    window = hf.get("sliding_window", family.window) if family.window else None
+    if family.has_window_switch and not hf.get("use_sliding_window", False):
+        window = None
+    if not window:
+        return (None,) * num_layers
+    if not family.has_window_switch:
+        return (window,) * num_layers
+    full_layers = hf.get("max_window_layers", 28)
+    kinds = hf.get("layer_types") or [
+        "full_attention" if layer < full_layers else "sliding_attention"
+        for layer in range(num_layers)
+    ]
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _rope(hf: Mapping[str, Any], max_positions: int) -> RopeConfig:
+    values = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    kind = values.get("rope_type") or values.get("type") or "default"
+    if kind not in ROPE_KINDS:
+        raise ConfigError(f"rope type must be one of {', '.join(ROPE_KINDS)}. Given: {kind!r}")
+    if (partial := values.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))) != 1:
+        raise ConfigError(f"partial_rotary_factor must be 1 in this family. Given: {partial}")
+    original = values.get("original_max_position_embeddings") or max_positions
+    if kind == "dynamic":  # this rule counts from the config's own length, as transformers does
+        original = max_positions
+    factor = values.get("factor")
+    if factor is None:
+        factor = max_positions / original if kind == "yarn" else 1.0
+    return RopeConfig(
+        kind=kind,
+        theta=float(values.get("rope_theta") or hf.get("rope_theta") or 10_000.0),
+        factor=float(factor),
+        original_max_positions=original,
+        low_freq_factor=values.get("low_freq_factor", 1.0),
+        high_freq_factor=values.get("high_freq_factor", 4.0),
+        beta_fast=values.get("beta_fast") or 32.0,
+        beta_slow=values.get("beta_slow") or 1.0,
+        attention_factor=values.get("attention_factor"),
+        mscale=values.get("mscale"),
+        mscale_all_dim=values.get("mscale_all_dim"),
+        has_rounded_range=values.get("truncate", True),
+    )
+
+
+def token_list(value: int | list[int] | None) -> tuple[int, ...]:
+    """An `eos_token_id` field, which may be absent, one id or several, as a tuple."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (value,)

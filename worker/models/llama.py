@@ -1,0 +1,196 @@
+"""Llama, and its relatives Mistral, Qwen2, Qwen3 and SmolLM2.
+
+- pre-normalised residual blocks with RMSNorm; no bias, except where a config says so (Qwen2: on q,
+  k and v)
+- rotary positions in every layer, plain or scaled (linear, dynamic, llama3, yarn)
+- grouped-query attention: several query heads share a key-value head
+- Qwen3 normalises each query and key head; Mistral, and some layers of some Qwens, see a sliding
+  window
+- gated MLP: silu(gate) * up
+
+Shapes: T tokens of all sequences of a step, laid end to end; H hidden, V vocabulary, h heads, d
+features of a head.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from worker.kernels.metadata import AttentionMetadata
+from worker.layers.activations import activation, gated
+from worker.layers.attention import KvCache, PagedAttention
+from worker.layers.build import Build
+from worker.layers.embedding import VocabularyEmbedding, VocabularyHead
+from worker.layers.linear import MergedColumnLinear, QkvLinear, RowLinear, local_kv_heads
+from worker.layers.norm import RmsNorm
+from worker.layers.rotary import RotaryEmbedding, Rotation
+from worker.models.config import ModelConfig
+from worker.weights.pieces import WeightNames
+
+
+class LlamaModel(nn.Module):
+    """Decoder and head of one shard."""
+
+    def __init__(self, config: ModelConfig, build: Build) -> None:
+        super().__init__()
+        self.embedding = VocabularyEmbedding(config.vocab_size, config.hidden_size, build)
+        self.rotary = RotaryEmbedding(
+            config.rope, config.head_dim, dtype=build.dtype, device=build.device
+        )
+        self.layers = nn.ModuleList(
+            Block(config, index, build) for index in range(config.num_layers)
+        )
+        self.norm = RmsNorm(config.hidden_size, config.norm_eps, build)
+        self.head = VocabularyHead(config.hidden_size, config.vocab_size, build)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        cache: KvCache,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """Tokens and their positions, both `[T]`, to hidden states `[T, H]`; writes their keys and
+        values."""
+        x = self.embedding(tokens)
+        rotation = self.rotary(positions)
+        for layer in self.layers:
+            x = layer(x, rotation, cache, metadata)
+        return self.norm(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[n, H]` to logits `[n, V]`."""
+        return self.head(hidden)
+
+    @staticmethod
+    def read_config(hf: Mapping[str, Any]) -> ModelConfig:
+        """A parsed config.json. Raises ConfigError."""
+        return ModelConfig.from_hf(hf)
+
+    @staticmethod
+    def weight_names(config: ModelConfig) -> WeightNames:
+        """Where each tensor of a checkpoint belongs; the table is at the end of this file."""
+        return _weight_names(config)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, index: int, build: Build) -> None:
+        super().__init__()
+        self.attention_norm = RmsNorm(config.hidden_size, config.norm_eps, build)
+        self.attention = Attention(config, index, build)
+        self.mlp_norm = RmsNorm(config.hidden_size, config.norm_eps, build)
+        self.mlp = Mlp(config, build)
+
+    def forward(
+        self, x: torch.Tensor, rotation: Rotation, cache: KvCache, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation, cache, metadata)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, index: int, build: Build) -> None:
+        super().__init__()
+        self.num_heads = build.shard.divide(config.num_heads, "the number of attention heads")
+        self.num_kv_heads, _ = local_kv_heads(config.num_kv_heads, build)
+        self.head_dim = config.head_dim
+        self.qkv = QkvLinear(
+            config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            build=build,
+            has_bias=config.has_qkv_bias,
+        )
+        self.has_qk_norm = config.has_qk_norm
+        if self.has_qk_norm:
+            self.q_norm = RmsNorm(config.head_dim, config.norm_eps, build)
+            self.k_norm = RmsNorm(config.head_dim, config.norm_eps, build)
+        self.paged = PagedAttention(
+            index, scale=config.head_dim**-0.5, window=config.windows[index]
+        )
+        self.output = RowLinear(
+            config.num_heads * config.head_dim,
+            config.hidden_size,
+            build,
+            has_bias=config.has_output_bias,
+        )
+
+    def forward(
+        self, x: torch.Tensor, rotation: Rotation, cache: KvCache, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        heads = self.qkv(x).unflatten(
+            -1, (-1, self.head_dim)
+        )  # [T, h + 2 kv_h, d]: queries, keys, values
+        q, kv = heads.tensor_split((self.num_heads,), dim=1)
+        if self.has_qk_norm:
+            k = kv[:, : self.num_kv_heads]
+            q.copy_(self.q_norm(q))
+            k.copy_(self.k_norm(k))
+        rotation.apply_(heads[:, : self.num_heads + self.num_kv_heads])
+        return self.output(self.paged(q, kv, cache, metadata))
+
+
+class Mlp(nn.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, build: Build) -> None:
+        super().__init__()
+        size = config.intermediate_size
+        has_bias = config.has_mlp_bias
+        self.gate_up = MergedColumnLinear(
+            config.hidden_size, [("gate", size), ("up", size)], build, has_bias=has_bias
+        )
+        self.down = RowLinear(size, config.hidden_size, build, has_bias=has_bias)
+        self.activation = activation(config.activation)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(gated(self.gate_up(x), self.activation))
+
+
+def _weight_names(config: ModelConfig) -> WeightNames:
+    table = {
+        "model.embed_tokens.weight": "embedding.weight",
+        "model.norm.weight": "norm.weight",
+        "lm_head.weight": "head.weight",
+    }
+    per_layer = {
+        "input_layernorm.weight": "attention_norm.weight",
+        "self_attn.q_proj.weight": "attention.qkv.weight:q",
+        "self_attn.k_proj.weight": "attention.qkv.weight:k",
+        "self_attn.v_proj.weight": "attention.qkv.weight:v",
+        "self_attn.o_proj.weight": "attention.output.weight",
+        "post_attention_layernorm.weight": "mlp_norm.weight",
+        "mlp.gate_proj.weight": "mlp.gate_up.weight:gate",
+        "mlp.up_proj.weight": "mlp.gate_up.weight:up",
+        "mlp.down_proj.weight": "mlp.down.weight",
+    }
+    if config.has_qkv_bias:
+        per_layer |= {f"self_attn.{part}_proj.bias": f"attention.qkv.bias:{part}" for part in "qkv"}
+    if config.has_output_bias:
+        per_layer["self_attn.o_proj.bias"] = "attention.output.bias"
+    if config.has_mlp_bias:
+        per_layer |= {
+            f"mlp.{part}_proj.bias": f"mlp.gate_up.bias:{part}" for part in ("gate", "up")
+        }
+        per_layer["mlp.down_proj.bias"] = "mlp.down.bias"
+    if config.has_qk_norm:
+        per_layer |= {
+            f"self_attn.{part}_norm.weight": f"attention.{part}_norm.weight" for part in "qk"
+        }
+    for layer in range(config.num_layers):
+        table |= {
+            f"model.layers.{layer}.{name}": f"layers.{layer}.{to}" for name, to in per_layer.items()
+        }
+    return WeightNames(
+        table,
+        aliases={"lm_head.weight": "model.embed_tokens.weight"} if config.is_head_tied else {},
+        ignored=("rotary_emb.inv_freq",),
+        prefix="model.",
+    )
