@@ -18,18 +18,21 @@ MODEL ?= $(DEMO)
 SERVE_ARGS ?=
 PYTEST_ARGS ?=
 PIP_ARGS ?=
+CHAOS_S ?= 600
+CHAOS_SEED ?= 1
 
 VENV := .venv
 BIN := $(VENV)/bin
 CODE := common gateway worker tests
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) --editable
 
-.PHONY: help run test model lint clean
+.PHONY: help run test chaos model lint clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make run     install, fetch a small model, serve it on port $(PORT)"
 	@echo "make test    install, run every test, report coverage"
+	@echo "make chaos   break a fleet in every way for ten minutes, and write deploy/reliability.md"
 	@echo "make model   fetch the small model into $(DEMO)"
 	@echo "make lint    check style and format"
 	@echo "make clean   remove what was built and installed here; fetched models stay"
@@ -41,6 +44,9 @@ run: $(VENV)/installed $(if $(filter $(DEMO),$(MODEL)),$(DEMO)/config.json)
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest \
 		--cov=common --cov=gateway --cov-report=term $(PYTEST_ARGS)
+
+chaos: $(VENV)/installed-test
+	$(BIN)/python -m tests.chaos --seconds $(CHAOS_S) --seed $(CHAOS_SEED) --report deploy/reliability.md
 
 model: $(DEMO)/config.json
 

@@ -1,19 +1,27 @@
-"""The protocol between gateways and workers, and how processes are started. Imports neither torch nor aiohttp.
+"""The protocol between gateways and workers, and how processes are started. Imports no torch, and only its clients import HTTP libraries.
 
 messages.py         what crosses a process boundary, as frozen dataclasses
 codec.py            those as msgpack
+grammar.py          what an answer must look like, as the grammar library reads it
 errors.py           every error that a caller can meet
 redis_keys.py       every Redis key, with its type, lifetime, writers and readers
 scripts/            the transitions of a request, one Lua script each
 lua.py              runs the scripts, again after a lost reply
 redis_client.py     opens clients of the broker
 request_queue.py    both ends of the queue: enqueue and cancel, lease and append
+faults.py           points at which tests can break a process
 token_journal.py    reads a request's frames, each once and in order
+request_store.py    requests by their id: status, watchers, orphans
 subscriber.py       one pub/sub connection with many listeners
 worker_registry.py  who serves what
 telemetry.py        logs and traces
+event_stream.py     whole server-sent events out of chunks
+client.py           a client that outlives gateways; the one file that knows aiohttp
+httpx_transport.py  the same for other people's clients; the one file that knows httpx
 settings.py         one line a knob: field, option, environment name, help
 cli.py              the `tokenfleet` command
+generate.py         the `generate` command: a prompt from the terminal
+queue_commands.py   the `queue` commands: depth, dead letters
 serve.py            the `serve` command: everything on one machine
 supervisor.py       child processes, restarted and drained
 child.py            one of them

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -26,12 +26,16 @@ class Child:
         command: Sequence[str],
         *,
         output: IO[bytes] | None = None,
+        pass_fds: Sequence[int] = (),
+        defaults: Mapping[str, str] | None = None,
         has_death_signal: bool = sys.platform == "linux",
     ) -> None:
         """Start `command`.
 
         Args:
             output: receives standard output and error; without it the child writes where we write.
+            pass_fds: our file descriptors that the child gets too, under the same numbers.
+            defaults: environment of the child, where ours does not say otherwise.
             has_death_signal: the kernel can end a child whose parent is gone; otherwise a small watcher process does.
         """
         # Linux sends the death signal when the *thread* that forked ends, so that must be the one that lives longest.
@@ -47,7 +51,9 @@ class Child:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                pass_fds=() if reading < 0 else (reading,),
+                pass_fds=(*pass_fds,) if reading < 0 else (*pass_fds, reading),
+                # handed on, reads no setting
+                env={**(defaults or {}), **os.environ},
             )
         finally:
             if reading >= 0:

@@ -13,6 +13,9 @@ COMMANDS = {
     "serve": ("common.serve:serve", "Serve a model on this machine: broker, gateway and workers."),
     "gateway": ("gateway.cli:gateway", "Answer HTTP requests through the queue. Needs no torch."),
     "worker": ("worker.cli:worker", "Load a model and generate what the queue holds."),
+    "download-weights": ("worker.weights.download:command", "Fetch a model's files from the hub."),
+    "generate": ("common.generate:generate", "Ask a running service, and survive its gateways."),
+    "queue": ("common.queue_commands:queue", "Look into the queue: depth and dead letters."),
     "demo-model": ("worker.weights.demo_model:command", "Fetch a small model to try things with."),
 }
 OWN_PACKAGES = frozenset({"common", "gateway", "worker"})

@@ -4,8 +4,10 @@ Cold messages are maps by field name, so that a newer writer may add a field. Fr
 one is written for every token. Both start with a schema version: an unknown one is an error, never a guess.
 """
 
+import functools
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from typing import Any, TypeVar
@@ -15,6 +17,8 @@ import msgpack
 from common.messages import Failure, Finish, FinishReason, Frame, Token, TopToken
 
 SCHEMA_VERSION = 1
+
+_SCALARS = frozenset({int, float, str, bytes, bool})
 
 Message = TypeVar("Message")
 
@@ -32,7 +36,7 @@ def decode(cls: type[Message], data: bytes) -> Message:
     """The message of type `cls` in `data`. Raises DecodeError."""
     body = _unpack(data)
     try:
-        return _build(cls, body[0])
+        return _reader(cls)(body[0])
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise DecodeError(f"not a {cls.__name__}: {error}") from error
 
@@ -96,31 +100,57 @@ def _unpack(data: bytes) -> list[Any]:
     return body[1:]
 
 
+@functools.cache
+def _field_names(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cls))
+
+
 def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+    kind = type(value)
+    if kind in _SCALARS or value is None:
+        return value
+    if kind is tuple:
+        # a prompt is thousands of numbers: those need no look at each
+        is_plain = not value or type(value[0]) in _SCALARS
+        return value if is_plain else [_plain(item) for item in value]
+    if is_dataclass(kind):
+        return {name: _plain(getattr(value, name)) for name in _field_names(kind)}
     return value.value if isinstance(value, Enum) else value
 
 
-def _build(cls: Any, value: Any) -> Any:
-    origin = typing.get_origin(cls)
+@functools.cache
+def _reader(kind: Any) -> Callable[[Any], Any]:
+    """What turns msgpack's value into one of this type; made once for each type."""
+    origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
-        inner = [kind for kind in typing.get_args(cls) if kind is not type(None)]
-        return None if value is None else _build(inner[0], value)
+        (inner,) = (_reader(part) for part in typing.get_args(kind) if part is not types.NoneType)
+        return lambda value: None if value is None else inner(value)
     if origin is tuple:
-        kinds = typing.get_args(cls)
-        if len(kinds) == 2 and kinds[1] is Ellipsis:
-            return tuple(_build(kinds[0], item) for item in value)
-        return tuple(_build(kind, item) for kind, item in zip(kinds, value, strict=True))
-    if is_dataclass(cls):
-        hints = typing.get_type_hints(cls)
-        known = {
-            f.name: _build(hints[f.name], value[f.name]) for f in fields(cls) if f.name in value
-        }
-        missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in value]
-        if missing:
-            raise DecodeError(f"{cls.__name__} lacks {', '.join(missing)}")
-        return cls(**known)
-    return cls(value) if isinstance(cls, type) and issubclass(cls, Enum) else value
+        return _tuple_reader(typing.get_args(kind))
+    if is_dataclass(kind):
+        return _dataclass_reader(kind)
+    is_enum = isinstance(kind, type) and issubclass(kind, Enum)
+    return kind if is_enum else lambda value: value
+
+
+def _tuple_reader(kinds: tuple[Any, ...]) -> Callable[[Any], Any]:
+    if len(kinds) == 2 and kinds[1] is Ellipsis:
+        item = _reader(kinds[0])
+        if kinds[0] in _SCALARS:
+            return tuple
+        return lambda value: tuple(item(part) for part in value)
+    items = tuple(_reader(kind) for kind in kinds)
+    return lambda value: tuple(read(part) for read, part in zip(items, value, strict=True))
+
+
+def _dataclass_reader(cls: type) -> Callable[[Any], Any]:
+    hints = typing.get_type_hints(cls)
+    readers = {name: _reader(hints[name]) for name in _field_names(cls)}
+    required = {field.name for field in fields(cls) if field.default is MISSING}
+
+    def read(value: dict[str, Any]) -> Any:
+        if missing := required - value.keys():
+            raise DecodeError(f"{cls.__name__} lacks {', '.join(sorted(missing))}")
+        return cls(**{name: readers[name](part) for name, part in value.items() if name in readers})
+
+    return read

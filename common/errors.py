@@ -2,8 +2,10 @@
 
     FleetError
     ├── ValidationError        422  the request breaks a rule; the message states rule and value
+    │   └── IdempotencyConflict 422  the key of a retry was used for another request
     ├── MalformedRequest       400  the body is not JSON
     ├── ModelNotFound          404  no such model is served
+    ├── RequestNotFound        404  no such request is known, or it ended too long ago
     ├── PayloadTooLarge        413  the body is longer than the limit
     ├── Overloaded             429  the queue is full, try later
     ├── GenerationFailed       424  the worker failed on this request
@@ -32,6 +34,10 @@ class ValidationError(FleetError):
     kind = "validation"
     http_status = 422
 
+    def __init__(self, message: str = "", *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param  # the field of the body that is meant
+
 
 class MalformedRequest(FleetError):
     """The request body is not valid JSON."""
@@ -45,6 +51,19 @@ class ModelNotFound(FleetError):
 
     kind = "model_not_found"
     http_status = 404
+
+
+class RequestNotFound(FleetError):
+    """No such request is known here, or it ended too long ago."""
+
+    kind = "request_not_found"
+    http_status = 404
+
+
+class IdempotencyConflict(ValidationError):
+    """The `Idempotency-Key` was used for another request; send the same body, or choose a new key."""
+
+    kind = "idempotency_conflict"
 
 
 class PayloadTooLarge(FleetError):

@@ -1,14 +1,15 @@
 """Runs the scripts of `common/scripts/`, each of which is one atomic and idempotent transition.
 
-Because they are idempotent, a lost reply is answered by sending the script again; nothing else may be retried.
+Because they are idempotent, a lost reply is answered by sending the script again; nothing else may be retried, unless
+doing it twice is the same as doing it once: `until_answered` is for that.
 """
 
 import asyncio
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from redis.asyncio import Redis
 from redis.exceptions import (
@@ -32,6 +33,26 @@ TRANSIENT = (
 )
 _FIRST_PAUSE_S = 0.02
 _LONGEST_PAUSE_S = 0.5
+
+Answer = TypeVar("Answer")
+
+
+async def until_answered(call: Callable[[], Awaitable[Answer]], *, patience_s: float) -> Answer:
+    """The answer of `call`, which is made again while the broker cannot be reached: it must be idempotent.
+
+    Raises Unavailable after `patience_s`.
+    """
+    loop = asyncio.get_running_loop()
+    give_up_at = loop.time() + patience_s
+    pause_s = _FIRST_PAUSE_S
+    while True:
+        try:
+            return await call()
+        except TRANSIENT as error:
+            if loop.time() + pause_s > give_up_at:
+                raise Unavailable(f"the broker does not answer: {error}") from error
+        await asyncio.sleep(random.uniform(0, pause_s))
+        pause_s = min(_LONGEST_PAUSE_S, pause_s * 2)
 
 
 class Scripts:
@@ -73,17 +94,7 @@ class Scripts:
         Raises Unavailable when the broker could not be reached for `patience_s`.
         """
         patience_s = self._patience_s if patience_s is None else patience_s
-        loop = asyncio.get_running_loop()
-        give_up_at = loop.time() + patience_s
-        pause_s = _FIRST_PAUSE_S
-        while True:
-            try:
-                return await self._evaluate(name, calls)
-            except TRANSIENT as error:
-                if loop.time() + pause_s > give_up_at:
-                    raise Unavailable(f"the broker does not answer: {error}") from error
-            await asyncio.sleep(random.uniform(0, pause_s))
-            pause_s = min(_LONGEST_PAUSE_S, pause_s * 2)
+        return await until_answered(lambda: self._evaluate(name, calls), patience_s=patience_s)
 
     async def _evaluate(
         self, name: str, calls: Sequence[tuple[Sequence[str | bytes], Sequence[Any]]]

@@ -27,7 +27,34 @@ class RequestState(StrEnum):
     FAILED = "failed"
 
 
+class OnDisconnect(StrEnum):
+    """What becomes of a request when nobody reads its stream any more."""
+
+    CANCEL = "cancel"  # it ends at once
+    GRACE = "grace"  # it ends when nobody came back within seconds
+    RUN = "run"  # it runs to its end
+
+
 TERMINAL_STATES = frozenset({RequestState.FINISHED, RequestState.CANCELLED, RequestState.FAILED})
+
+
+class GrammarKind(StrEnum):
+    """The languages in which a client may say what an answer looks like."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the whole generated text must be.
+
+    `value` is a JSON schema as JSON, a regular expression, or a Lark grammar.
+    """
+
+    kind: GrammarKind
+    value: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +76,8 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0  # unsigned 64 bit
     top_n_tokens: int = 0
+    watermark: bool = False
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +108,9 @@ class GenerationRequest:
     )
     deadline_s: float = 3600.0  # from the enqueueing on, by Redis' clock
     traceparent: str = ""  # W3C trace context, empty when tracing is off
+    on_disconnect: OnDisconnect = OnDisconnect.RUN
+    fingerprint: str = ""  # of the client's body: a retry under the same id must be the same request
+    presentation: str = ""  # how the gateway shows the answer to who comes back; opaque to workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +205,7 @@ class ModelCard:
     tokenizer_digest: str  # names the `tokenizer.json` that the worker published beside this card
     revision: str = ""
     architecture: str = ""
-    served_by: str = "engine"  # which path runs the model: "engine", "transformers" or "echo"
+    served_by: str = "engine"  # which path runs the model, see worker/engine/loaded.py
     dtype: str = ""
     device: str = ""
     quantization: str = ""
@@ -183,3 +215,6 @@ class ModelCard:
     chat_template: str = ""
     max_batch_total_tokens: int = 0  # tokens that one worker's KV cache holds
     version: str = ""
+    is_encoder_decoder: bool = False  # the answer does not continue the prompt
+    prompt_style: str = ""  # how a prompt is prepared for the tokenizer: "" or "galactica"
+    keeps_special_tokens: bool = False  # special tokens are a part of the generated text

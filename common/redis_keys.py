@@ -10,6 +10,7 @@
 |                                      |         | after the end                   |                  |                 |
 | fleet:{model}:journal:<id>           | list    | as the hash                     | worker (STEP)    | gateway         |
 | fleet:{model}:channel:<id>           | channel | none, holds nothing             | worker (STEP)    | gateway         |
+| fleet:{model}:watch:<id>             | set     | 60 s after the last refresh     | gateway          | gateway, reaper |
 | fleet:{model}:heartbeat:<worker>     | string  | one lease (5 s)                 | worker           | reaper          |
 | fleet:{model}:workers                | zset    | members pruned after 10 leases  | worker           | gateway         |
 | fleet:{model}:worker:<worker>        | hash    | 60 s                            | worker           | gateway         |
@@ -58,6 +59,9 @@ class ModelKeys:
 
     def channel(self, request_id: str) -> str:
         return self._key(f"channel:{request_id}")
+
+    def watchers(self, request_id: str) -> str:
+        return self._key(f"watch:{request_id}")
 
     def heartbeat(self, worker: str) -> str:
         return self._key(f"heartbeat:{worker}")

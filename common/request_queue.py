@@ -4,7 +4,7 @@ The states of a request and who may move it are in `common/scripts/`; this file 
 """
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,8 @@ from common.redis_keys import GROUP, ModelKeys
 DONE_TTL_MS = 600_000  # how long a finished stream can still be read
 MAX_STALLED = 3  # leases in a row without a token before a request counts as poison
 MAX_ATTEMPTS = 20
+NO_LIMIT = 1 << 31  # for requests that were admitted before
+_PENDING_PER_LOOK = 1000
 
 
 def _terminal(error: Exception, kind: str) -> bytes:
@@ -62,6 +64,7 @@ class Lease:
     frames: tuple[Frame, ...]  # what earlier holders generated
     waited_s: float
     left_s: float  # until the deadline
+    entry: str = ""  # its id in that stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +99,18 @@ class RequestQueue:
 
     # The gateway's end
 
-    async def enqueue(self, request: GenerationRequest, *, max_waiting: int) -> bool:
-        """Put a request on its queue; False when its id is already known.
+    async def enqueue(
+        self, request: GenerationRequest, *, max_waiting: int, at_front: bool = False
+    ) -> bool:
+        """Put a request on its queue, or before all others; False when its id is already known.
 
         Raises Overloaded when `max_waiting` requests wait, Unavailable without a broker.
         """
         keys = self._keys
+        queue = keys.resume_queue if at_front else keys.queue(request.priority)
         reply = await self._scripts.run(
             "enqueue",
-            [keys.request(request.id), keys.queue(request.priority), *keys.queues],
+            [keys.request(request.id), queue, *keys.queues],
             [
                 request.id,
                 encode(request),
@@ -115,11 +121,25 @@ class RequestQueue:
                 len(request.prompt_tokens),
                 request.stopping.max_new_tokens,
                 request.tenant,
+                request.on_disconnect.value,
             ],
         )
         if reply[0] == b"FULL":
             raise Overloaded(retry_after_s=await self._retry_after_s(reply[1]))
         return reply[0] == b"OK"
+
+    async def restore(self, request: GenerationRequest, frames: Sequence[bytes]) -> bool:
+        """Put back a request that the broker lost, or the tail of its journal: `frames` as read from there before.
+
+        False when the broker holds another continuation than these frames. Raises Unavailable without a broker.
+        """
+        keys, keep_ms = self._keys, int(request.deadline_s * 1000) + DONE_TTL_MS
+        names = [keys.request(request.id), keys.journal(request.id), keys.channel(request.id)]
+        if frames and await self._scripts.run("reseed", names, [keep_ms, *frames]) < 0:
+            return False
+        # after the frames: whoever leases the request must find them. It was admitted once, so no limit holds
+        await self.enqueue(request, max_waiting=NO_LIMIT, at_front=True)
+        return True
 
     async def cancel(self, request_id: str) -> bool:
         """Ask for the end of a request; False when it has ended already or is unknown."""
@@ -167,6 +187,38 @@ class RequestQueue:
             Entry(queues[number - 1], entry.decode(), rid.decode()) for number, entry, rid in found
         ]
 
+    async def delivered(self, worker: str, *, known: Container[tuple[str, str]]) -> list[Entry]:
+        """Entries that were delivered to this worker, less the (queue, entry id) that it knows of.
+
+        There are such when the reply that delivered them, or that of their lease, was lost.
+        """
+        queues = self._keys.queues
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for queue in queues:
+                pipeline.xpending_range(queue, GROUP, "-", "+", _PENDING_PER_LOOK, worker)
+            pendings = await pipeline.execute()
+        places = [
+            (queue, item["message_id"].decode())
+            for queue, pending in zip(queues, pendings, strict=True)
+            for item in pending
+        ]
+        unknown = [place for place in places if place not in known]
+        if not unknown:
+            return []
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for queue, entry in unknown:
+                pipeline.xrange(queue, entry, entry)
+            rows = await pipeline.execute()
+        # an entry that was deleted meanwhile has no request: LEASE finds it gone and forgets it
+        return [
+            Entry(queue, entry, found[0][1][b"id"].decode() if found else "")
+            for (queue, entry), found in zip(unknown, rows, strict=True)
+        ]
+
+    async def broker_run(self) -> str:
+        """Names the run of the broker: another one after each restart."""
+        return str((await self._redis.info("server"))["run_id"])
+
     async def lease(self, worker: str, entries: Sequence[Entry]) -> list[Lease]:
         """Take the requests behind delivered entries; those that are not to be run any more are left out."""
         if not entries:
@@ -178,7 +230,7 @@ class RequestQueue:
         ]
         replies = await self._scripts.run_all("lease", calls)
         return [
-            _lease(token, entry.queue, reply)
+            _lease(token, entry, reply)
             for token, entry, reply in zip(tokens, entries, replies, strict=True)
             if reply[0] == b"OK"
         ]
@@ -218,7 +270,7 @@ class RequestQueue:
         num_revoked = 0
         for queue in self._keys.queues:
             pending = await self._redis.xpending_range(
-                queue, GROUP, min="-", max="+", count=1000, idle=int(lease_s * 1000)
+                queue, GROUP, min="-", max="+", count=_PENDING_PER_LOOK, idle=int(lease_s * 1000)
             )
             for item in pending:
                 num_revoked += await self._revoke(queue, item["message_id"], item["consumer"])
@@ -239,15 +291,16 @@ class RequestQueue:
         return max(1, min(60, round(waiting / max(running, 1))))
 
 
-def _lease(token: str, queue: str, reply: list[Any]) -> Lease:
+def _lease(token: str, entry: Entry, reply: list[Any]) -> Lease:
     _, body, frames, waited_ms, left_ms = reply
     return Lease(
         token,
-        queue,
+        entry.queue,
         decode(GenerationRequest, body),
         tuple(decode_frame(frame) for frame in frames),
         waited_ms / 1000,
         left_ms / 1000,
+        entry.id,
     )
 
 

@@ -102,7 +102,8 @@ class Stack:
     def _threads(self) -> dict[str, int]:
         if self.options.num_workers == 1 or self.worker.threads is not None:
             return {}
-        return {"threads": max(1, (os.cpu_count() or 1) // self.options.num_workers)}
+        num_processes = self.options.num_workers * self.worker.num_local_shards
+        return {"threads": max(1, (os.cpu_count() or 1) // num_processes)}
 
     def _command(self, package: str, settings: Any, **fixed: Any) -> list[str]:
         """What the environment gave reaches the child through it, so that no secret stands on a command line."""

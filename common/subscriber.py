@@ -193,8 +193,13 @@ class _Connection(asyncio.Protocol):
 
     def send(self, *parts: bytes) -> None:
         assert self._transport is not None
+        if self._transport.is_closing():  # the next connection subscribes to everything anew
+            return
         body = b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
-        self._transport.write(b"*%d\r\n%s" % (len(parts), body))
+        try:
+            self._transport.write(b"*%d\r\n%s" % (len(parts), body))
+        except RuntimeError:  # uvloop's word for a connection whose end it has not told yet
+            self.connection_lost(None)
 
     def abort(self) -> None:
         if self._transport:

@@ -2,14 +2,16 @@
 
 The journal is a Redis list and the truth; the channel is only a fast path. A message `base:frame` with the expected
 base is taken as it is; anything else (a gap, a reconnect, a second of silence) makes the reader look at the list.
+A reader that can restore its request keeps the frames it took: a broker that lost them is given them again.
 
     journal   | 0 | 1 | 2 | 3 | 4 |          next_index = 2
                         ^ message 2:  take it      message 4: a gap, LRANGE 2 -1      message 1: known, drop
 """
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from redis.asyncio import Redis
@@ -20,16 +22,23 @@ from common.errors import GenerationFailed, Unavailable
 from common.lua import TRANSIENT
 from common.messages import Frame, first_chain, next_chain
 from common.redis_keys import ModelKeys
-from common.subscriber import Subscriber, Subscription
+from common.subscriber import LOOK, Subscriber, Subscription
+
+logger = logging.getLogger(__name__)
 
 _FRAMES_PER_READ = 256
 _LOOK_AGAIN_S = 0.1
+_HOLD_TICK_S = 5.0
+
+# Puts the request and these frames back into a broker that lost them; False when it holds another continuation.
+Restore = Callable[[Sequence[bytes]], Awaitable[bool]]
 
 
 class StreamDiverged(GenerationFailed):
     """The stream can not be continued with the text that was already sent."""
 
     kind = "stream_diverged"
+    http_status = 409
 
 
 class TokenJournal:
@@ -44,8 +53,20 @@ class TokenJournal:
         self._hold_s = hold_s
 
     @asynccontextmanager
-    async def open(self, request_id: str, *, after: int = -1) -> AsyncIterator["JournalReader"]:
-        """A reader of the frames behind index `after`. May be opened before the request is enqueued."""
+    async def open(
+        self,
+        request_id: str,
+        *,
+        after: int = -1,
+        expects: tuple[int, bytes] | None = None,
+        restore: Restore | None = None,
+    ) -> AsyncIterator["JournalReader"]:
+        """A reader of the frames behind index `after`. May be opened before the request is enqueued.
+
+        Args:
+            expects: index and chain hash of a frame that the client has: if the journal's differs, it diverged.
+            restore: called when the broker has lost the request or frames that were taken.
+        """
         subscription = self._subscriber.subscribe(self._keys.channel(request_id))
         try:
             yield JournalReader(
@@ -54,6 +75,8 @@ class TokenJournal:
                 request_id,
                 subscription,
                 after=after,
+                expects=expects,
+                restore=restore,
                 hold_s=self._hold_s,
             )
         finally:
@@ -69,7 +92,7 @@ class JournalReader:
     """Iterates over `(index, frame)` and ends after the terminal frame.
 
     Raises StreamDiverged when a frame does not chain on what was delivered before, and Unavailable when the broker
-    could not be reached for the hold time.
+    could not be reached for the hold time. While it holds, `on_hold` is awaited now and then.
     """
 
     def __init__(
@@ -80,10 +103,18 @@ class JournalReader:
         subscription: Subscription,
         *,
         after: int,
+        expects: tuple[int, bytes] | None,
+        restore: Restore | None,
         hold_s: float,
     ) -> None:
+        self.on_hold: Callable[[], Awaitable[None]] | None = None
         self._redis = redis
+        self._request = keys.request(request_id)
         self._journal = keys.journal(request_id)
+        self._expects = expects
+        self._restore = restore
+        self._taken: list[bytes] = []  # all frames as they were read, if they can be restored
+        self._is_stopped = False
         self._subscription = subscription
         self._hold_s = hold_s
         self._chain = first_chain(request_id)
@@ -97,12 +128,21 @@ class JournalReader:
         """Index of the frame that comes next."""
         return self._ready[0][0] if self._ready else max(self._num_taken, self._deliver_from)
 
+    def stop(self) -> None:
+        """End the iteration before the next frame."""
+        self._is_stopped = True
+        self._subscription.put(LOOK)
+
+    async def catch_up(self) -> None:
+        """Take what the journal holds now. Raises StreamDiverged and Unavailable."""
+        await self._look()
+
     def __aiter__(self) -> "JournalReader":
         return self
 
     async def __anext__(self) -> tuple[int, Frame]:
-        while not self._ready:
-            if self._is_ended:
+        while self._is_stopped or not self._ready:
+            if self._is_ended or self._is_stopped:
                 raise StopAsyncIteration
             item = await self._subscription.get()
             if item is None or not self._take_message(item):
@@ -115,37 +155,84 @@ class JournalReader:
         index = int(base)
         if index == self._num_taken:
             self._take(data)
-        return index <= self._num_taken
+            return True
+        if index < len(self._taken) and not _is_same(self._taken[index], data):
+            raise StreamDiverged()  # the broker was rolled back, and somebody went on from before
+        return index < self._num_taken
 
     async def _look(self) -> None:
         """Read what the journal has beyond what was taken."""
-        while not self._is_ended:
+        while not self._is_ended and not self._is_stopped:
             first = self._num_taken
-            for data in await self._read(first):
+            items, length, is_known = await self._read(first)
+            for data in items:
                 self._take(data)
+            if self._restore and not self._is_ended and (length < first or not is_known):
+                await self._put_back(self._restore)
+                return
             if self._num_taken - first < _FRAMES_PER_READ:
                 return
 
-    async def _read(self, first: int) -> list[bytes]:
+    async def _read(self, first: int) -> tuple[list[bytes], int, bool]:
+        """Frames from `first` on, the journal's length, and whether the request is known."""
         loop = asyncio.get_running_loop()
-        give_up_at = loop.time() + self._hold_s
-        while True:
+        give_up_at, next_tick_at = loop.time() + self._hold_s, loop.time()
+        while not self._is_stopped:
             try:
-                return await self._redis.lrange(self._journal, first, first + _FRAMES_PER_READ - 1)
+                async with self._redis.pipeline(transaction=False) as pipeline:
+                    pipeline.lrange(self._journal, first, first + _FRAMES_PER_READ - 1)
+                    pipeline.llen(self._journal)
+                    pipeline.exists(self._request)
+                    items, length, num_known = await pipeline.execute()
+                return items, length, bool(num_known)
             except (*TRANSIENT, RedisError) as error:
                 if loop.time() > give_up_at:
                     raise Unavailable(f"the broker does not answer: {error}") from error
+            if self.on_hold and loop.time() >= next_tick_at:
+                next_tick_at = loop.time() + _HOLD_TICK_S
+                await self.on_hold()
             await asyncio.sleep(_LOOK_AGAIN_S)
+        return [], first, True
+
+    async def _put_back(self, restore: Restore) -> None:
+        """Give the broker what it lost. Without success the next look tries again."""
+        logger.warning(
+            "the broker lost a request, giving it back", extra={"frames": self._num_taken}
+        )
+        try:
+            is_ours = await restore(self._taken)
+        except (Unavailable, RedisError) as error:
+            logger.warning("could not give a request back: %s", error)
+            return
+        if not is_ours:
+            raise StreamDiverged()
 
     def _take(self, data: bytes) -> None:
         if self._is_ended:
             return
         frame = decode_frame(data)
+        if self._expects and self._num_taken <= self._expects[0]:
+            self._check_expected(frame)
         if frame.chain:  # frames that a script wrote have none: they carry no text
             self._chain = next_chain(self._chain, frame.tokens)
             if frame.chain != self._chain:
                 raise StreamDiverged()
         if self._num_taken >= self._deliver_from:
             self._ready.append((self._num_taken, frame))
+        if self._restore:
+            self._taken.append(data)
         self._num_taken += 1
         self._is_ended = frame.is_terminal
+
+    def _check_expected(self, frame: Frame) -> None:
+        """The client has frame `expects[0]`: the journal must have the same, and no end before it."""
+        assert self._expects is not None
+        index, chain = self._expects
+        is_last = self._num_taken == index
+        if (is_last and frame.chain != chain) or (not is_last and frame.is_terminal):
+            raise StreamDiverged()
+
+
+def _is_same(one: bytes, other: bytes) -> bool:
+    """Whether two frames of one index tell the same; another worker may have measured other times."""
+    return one == other or decode_frame(one).chain == decode_frame(other).chain

@@ -13,15 +13,29 @@ record.py           what one HTTP request came to
 handlers/           one function a route
 schemas/            bodies of requests and answers
 validation.py       body and model card to a request that needs no more checks
+grammar.py          a client's grammar, compiled once to see that it can be
 model_directory.py  what the fleet serves, cached
 tokenization.py     text to token ids
+galactica.py        how Galactica's prompts mark sequences
 admission.py        how many requests a process holds open
-generation.py       the use case: queue, follow, fold, cancel
+broker_health.py    whether the broker can take more
+generation.py       the use case: queue, follow, fold, leave
+watching.py         tells the broker whose streams are read
+resumption.py       what a client says of coming back
+presentation.py     how an answer is shown to who comes back
+request_finder.py   a request by its id alone
 native_format.py    frames to TGI's JSON
 sse.py              a response of server-sent events
 metrics.py          every metric of this process
 fleet_metrics.py    gauges of queues and workers
 exposition.py       /metrics, summed over the processes of a port
+openai_validation.py  the same as validation.py, for OpenAI's bodies
+chat.py             a conversation to a prompt
+chat_template.py    the model's own template, in a sandbox
+tool_calls.py       function calls: their schema, and readers that find them
+response_format.py  what an answer must look like, as a grammar
+openai_format.py    frames to OpenAI's JSON
+openai_errors.py    errors in OpenAI's shape
 openapi.py          /openapi.json from routes and schemas
 static/             the documentation page
 """

@@ -9,15 +9,18 @@ from pathlib import Path
 
 from aiohttp import web
 
+from common.faults import open_request_queue
 from common.lua import Scripts
 from common.redis_client import open_redis
 from common.redis_keys import ModelKeys
 from common.request_queue import RequestQueue
+from common.request_store import RequestStore
 from common.subscriber import Subscriber
 from common.telemetry import configure_tracing
 from common.token_journal import TokenJournal
 from common.worker_registry import WorkerRegistry
 from gateway.admission import Admission
+from gateway.broker_health import BrokerHealth
 from gateway.exposition import SharedMetrics
 from gateway.generation import Generator
 from gateway.handlers.docs import OPENAPI
@@ -33,10 +36,12 @@ from gateway.middleware import (
 )
 from gateway.model_directory import ModelDirectory
 from gateway.openapi import openapi_document
+from gateway.request_finder import RequestFinder
 from gateway.routes import Route, route_table
 from gateway.services import SERVICES, Services
 from gateway.settings import GatewaySettings
 from gateway.tokenization import TokenizerCache
+from gateway.watching import Watches
 
 logger = logging.getLogger(__name__)
 
@@ -87,18 +92,27 @@ async def open_default_services(
 
         @cache
         def open_queue(model: str) -> RequestQueue:
-            return RequestQueue(redis, ModelKeys(model), scripts=scripts)
+            return open_request_queue(
+                redis, ModelKeys(model), scripts=scripts, fault_at=settings.fault_at
+            )
 
         @cache
         def open_journal(model: str) -> TokenJournal:
             return TokenJournal(redis, ModelKeys(model), subscriber)
 
+        @cache
+        def open_store(model: str) -> RequestStore:
+            return RequestStore(redis, ModelKeys(model), scripts=scripts)
+
         tokenizers = TokenizerCache(num_threads=settings.validation_workers)
         stack.callback(tokenizers.close)
         metrics = GatewayMetrics()
+        watches = Watches(open_store)
         generator = Generator(
             open_queue=open_queue,
             open_journal=open_journal,
+            open_store=open_store,
+            watches=watches,
             metrics=metrics,
             max_waiting=settings.max_waiting_requests,
         )
@@ -108,12 +122,18 @@ async def open_default_services(
         )
         await directory.refresh()
         shared_metrics = SharedMetrics(metrics.registry, folder=metrics_folder)
+        broker = BrokerHealth(redis)
+        await broker.refresh()
         await stack.enter_async_context(_running(directory.run, "model-directory"))
+        await stack.enter_async_context(_running(broker.run, "broker-health"))
+        await stack.enter_async_context(_running(watches.run, "watches"))
         await stack.enter_async_context(_running(shared_metrics.run, "metrics-file"))
         yield Services(
             settings=settings,
             directory=directory,
             generator=generator,
+            finder=RequestFinder(directory, open_store),
+            broker=broker,
             admission=Admission(max_requests=settings.max_concurrent_requests),
             metrics=metrics,
             shared_metrics=shared_metrics,

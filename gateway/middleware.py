@@ -12,6 +12,12 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from common.errors import FleetError, Overloaded, PayloadTooLarge, Unavailable
 from common.telemetry import extract
 from gateway.native_format import error_json
+from gateway.openai_errors import (
+    http_error_json,
+    is_openai_path,
+    openai_error_json,
+    openai_status,
+)
 from gateway.record import RECORD, RequestRecord
 from gateway.services import SERVICES
 
@@ -22,7 +28,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _QUIET_PATHS = frozenset(
     ("/health", "/health/live", "/health/ready", "/ready", "/ping", "/metrics")
 )
-_ALLOWED_HEADERS = "authorization, content-type, last-event-id, traceparent, x-request-id"
+_ALLOWED_HEADERS = (
+    "authorization, content-type, idempotency-key, last-event-id, traceparent, x-on-disconnect, "
+    "x-request-id"
+)
 _EXPOSED_HEADERS = (
     "retry-after, x-request-id, x-compute-type, x-compute-time, x-compute-characters, x-total-time, "
     "x-validation-time, x-queue-time, x-inference-time, x-time-per-token, x-prompt-tokens, x-generated-tokens"
@@ -90,7 +99,7 @@ async def cors(request: web.Request, handler: Handler) -> web.StreamResponse:
         and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
     ):
         headers = {
-            hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, POST",
+            hdrs.ACCESS_CONTROL_ALLOW_METHODS: "DELETE, GET, POST",
             hdrs.ACCESS_CONTROL_ALLOW_HEADERS: _ALLOWED_HEADERS,
             hdrs.ACCESS_CONTROL_MAX_AGE: "600",
         }
@@ -119,7 +128,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
 
 @web.middleware
 async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every error becomes `{"error", "error_type"}`; one that we did not foresee is logged and becomes a 500."""
+    """Every error becomes `{"error", "error_type"}`, under /v1 OpenAI's shape; one that we did not foresee is logged and becomes a 500."""
     try:
         return await handler(request)
     except (asyncio.CancelledError, ConnectionError):
@@ -147,11 +156,12 @@ def error_response(request: web.Request, error: FleetError) -> web.Response:
         headers[hdrs.RETRY_AFTER] = str(error.retry_after_s)
     elif error.is_retryable:
         headers[hdrs.RETRY_AFTER] = "1"
+    if is_openai_path(request.path):
+        status, text = openai_status(error), openai_error_json(error)
+    else:
+        status, text = error.http_status, error_json(error)
     return web.Response(
-        status=error.http_status,
-        text=error_json(error),
-        content_type="application/json",
-        headers=headers,
+        status=status, text=text, content_type="application/json", headers=headers
     )
 
 
@@ -165,6 +175,9 @@ def _http_error(request: web.Request, error: web.HTTPException) -> web.StreamRes
     message = (
         error.text if error.text and not error.text.startswith(str(error.status)) else error.reason
     )
+    if is_openai_path(request.path):
+        text = http_error_json(error.status, message)
+        return web.json_response(text=text, status=error.status, headers=headers)
     return web.json_response(
         {"error": message, "error_type": kind}, status=error.status, headers=headers
     )
@@ -191,7 +204,8 @@ def require_key(handler: Handler, *, key: str) -> Handler:
 @web.middleware
 async def refuse_while_draining(request: web.Request, handler: Handler) -> web.StreamResponse:
     """A stopping process takes no new work, also not on connections that are already open."""
-    if request.app[SERVICES].is_draining and request.method == hdrs.METH_POST:
+    is_work = request.method == hdrs.METH_POST or request.path.endswith("/stream")
+    if request.app[SERVICES].is_draining and is_work:
         response = error_response(request, Unavailable("This gateway is stopping; try again"))
         response.force_close()
         return response

@@ -164,14 +164,14 @@ class ModelDirectory:
         return ServedModel(card, tokenizer, workers, await self._queue_of(name).depth())
 
     async def _tokenizer(self, card: ModelCard) -> TextTokenizer | None:
-        known = self._tokenizers.get(card.tokenizer_digest)
-        if known is not None:
-            return known
-        data = await self._registry.tokenizer(card.model, card.tokenizer_digest)
-        if data is None:
-            return None
         try:
-            return await self._tokenizers.load(card.tokenizer_digest, data)
+            tokenizer = self._tokenizers.get(card.tokenizer_digest)
+            if tokenizer is None:
+                data = await self._registry.tokenizer(card.model, card.tokenizer_digest)
+                if data is None:
+                    return None
+                tokenizer = await self._tokenizers.load(card.tokenizer_digest, data)
+            return tokenizer.styled(card.prompt_style)
         except ValueError as error:
             logger.error("cannot use a tokenizer: %s", error, extra={"model": card.model})
             return None

@@ -65,16 +65,17 @@ def error_json(error: FleetError) -> str:
 
 
 class StreamFormat:
-    """Writes the events of one stream: `id: <index>-<chain hash>` and `data: {...}`.
+    """Writes the events of one stream: `id: <request id>:<index>-<chain hash>` and `data: {...}`.
 
     A frame of several tokens becomes several events; only the last carries the id, because a client that comes back
     with it has then seen the whole frame.
     """
 
-    __slots__ = ("_index", "_parts", "_valid")
+    __slots__ = ("_id", "_index", "_parts", "_valid")
 
     def __init__(self, valid: ValidGeneration) -> None:
         self._valid = valid
+        self._id = valid.request.id
         self._index = 0
         self._parts: list[str] = [valid.prefix] if valid.prefix else []
 
@@ -90,10 +91,10 @@ class StreamFormat:
         out: list[str] = []
         for position, token in enumerate(tokens):
             self._index += 1
-            if not token.is_special:
+            if self._valid.keeps_special_tokens or not token.is_special:
                 self._parts.append(token.text)
             is_last = position == last
-            head = f"id: {frame_index}-{frame.chain.hex()}\n" if is_last else ""
+            head = f"id: {self._id}:{frame_index}-{frame.chain.hex()}\n" if is_last else ""
             end = (
                 self._end(frame.finish)
                 if is_last and frame.finish
@@ -104,6 +105,10 @@ class StreamFormat:
                 f'{head}data: {{"index":{self._index},"token":{token_json(token)},{top}{end}}}\n\n'
             )
         return "".join(out).encode()
+
+    def error(self, error: FleetError) -> bytes:
+        """The event that ends a stream which failed."""
+        return error_event(error)
 
     def _end(self, finish: Finish) -> str:
         valid, details = self._valid, "null"

@@ -1,25 +1,38 @@
 """The table of routes: what the application serves and what /openapi.json describes, in one place."""
 
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from aiohttp import web
 from pydantic import BaseModel
 
-from gateway.handlers import docs, generate, system
+from gateway.handlers import docs, generate, openai, platforms, requests, system
 from gateway.schemas.native import (
     CompatBody,
     ErrorAnswer,
     GenerateAnswer,
     GenerateBody,
+    ModelEntry,
     ModelList,
+    RequestAnswer,
     StreamEvent,
     TokenSpan,
 )
+from gateway.schemas.openai import (
+    ChatAnswer,
+    ChatBody,
+    ChatChunk,
+    CompletionAnswer,
+    CompletionBody,
+    OpenAIErrorAnswer,
+)
+from gateway.schemas.platforms import ChatTokens, InvocationBody, VertexAnswer, VertexBody
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-GENERATION, TOKENS, SYSTEM = "Generation", "Tokens", "System"
+GENERATION, OPENAI, TOKENS = "Generation", "OpenAI", "Tokens"
+REQUESTS, SYSTEM = "Requests", "System"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +50,19 @@ class Route:
     is_array: bool = False  # the answer is an array of `answer`
     needs_key: bool = False
     errors: tuple[int, ...] = ()
+    error: type[BaseModel] = ErrorAnswer
 
     @property
     def description(self) -> str:
         return (self.handler.__doc__ or "").strip()
 
+    @property
+    def shown_path(self) -> str:
+        """The path without the patterns of its parts."""
+        return re.sub(r":[^}]+}", "}", self.path)
 
-_GENERATION_ERRORS = (400, 401, 404, 413, 415, 422, 424, 429, 503)
-ERROR_ANSWER = ErrorAnswer
+
+_GENERATION_ERRORS = (400, 401, 404, 409, 413, 415, 422, 424, 429, 503)
 
 
 def route_table() -> tuple[Route, ...]:
@@ -87,6 +105,74 @@ def route_table() -> tuple[Route, ...]:
         ),
         Route(
             "POST",
+            "/v1/completions",
+            openai.completions,
+            OPENAI,
+            "Continue a prompt",
+            body=CompletionBody,
+            answer=CompletionAnswer,
+            event=CompletionAnswer,
+            needs_key=True,
+            errors=_GENERATION_ERRORS,
+            error=OpenAIErrorAnswer,
+        ),
+        Route(
+            "POST",
+            "/v1/chat/completions",
+            openai.chat_completions,
+            OPENAI,
+            "Answer a conversation",
+            body=ChatBody,
+            answer=ChatAnswer,
+            event=ChatChunk,
+            needs_key=True,
+            errors=_GENERATION_ERRORS,
+            error=OpenAIErrorAnswer,
+        ),
+        Route(
+            "GET",
+            "/v1/models/{model:.+}",
+            openai.model,
+            OPENAI,
+            "Is a model served",
+            answer=ModelEntry,
+            errors=(404, 503),
+            error=OpenAIErrorAnswer,
+        ),
+        Route(
+            "POST",
+            "/invocations",
+            platforms.invocations,
+            GENERATION,
+            "Generate, as SageMaker asks",
+            body=InvocationBody,
+            needs_key=True,
+            errors=_GENERATION_ERRORS,
+        ),
+        Route(
+            "POST",
+            "/vertex",
+            platforms.vertex,
+            GENERATION,
+            "Generate, as Vertex AI asks",
+            body=VertexBody,
+            answer=VertexAnswer,
+            needs_key=True,
+            errors=_GENERATION_ERRORS,
+        ),
+        Route(
+            "POST",
+            "/chat_tokenize",
+            platforms.chat_tokenize,
+            TOKENS,
+            "Show the prompt of a conversation and its tokens",
+            body=ChatBody,
+            answer=ChatTokens,
+            needs_key=True,
+            errors=(400, 401, 404, 413, 415, 422, 503),
+        ),
+        Route(
+            "POST",
             "/tokenize",
             generate.tokenize,
             TOKENS,
@@ -98,7 +184,37 @@ def route_table() -> tuple[Route, ...]:
             errors=(400, 401, 404, 413, 415, 422, 503),
         ),
         Route(
-            "GET", "/v1/models", system.models, SYSTEM, "Which models are served", answer=ModelList
+            "GET",
+            "/requests/{request_id}",
+            requests.status,
+            REQUESTS,
+            "What became of a request",
+            answer=RequestAnswer,
+            needs_key=True,
+            errors=(401, 404, 503),
+        ),
+        Route(
+            "GET",
+            "/requests/{request_id}/stream",
+            requests.stream,
+            REQUESTS,
+            "Read a stream again, or go on with it",
+            event=StreamEvent,
+            needs_key=True,
+            errors=(401, 404, 409, 422, 429, 503),
+        ),
+        Route(
+            "DELETE",
+            "/requests/{request_id}",
+            requests.cancel,
+            REQUESTS,
+            "End a request",
+            answer=RequestAnswer,
+            needs_key=True,
+            errors=(401, 404, 503),
+        ),
+        Route(
+            "GET", "/v1/models", system.models, OPENAI, "Which models are served", answer=ModelList
         ),
         Route("GET", "/info", system.info, SYSTEM, "Limits, models and workers"),
         Route("GET", "/health", system.health, SYSTEM, "Can requests be served", errors=(503,)),

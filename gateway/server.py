@@ -18,6 +18,7 @@ from gateway.settings import GatewaySettings
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
+_CLOSING_S = 2.0  # for handlers to end once their streams were stopped
 
 
 def run_server(settings: GatewaySettings, metrics_folder: Path | None = None) -> None:
@@ -42,7 +43,7 @@ async def serve(
     runner = web.AppRunner(
         app,
         handler_cancellation=True,  # a client that leaves cancels its handler, which cancels its request
-        shutdown_timeout=settings.drain_s,
+        shutdown_timeout=settings.drain_s + _CLOSING_S,
         access_log=None,
         keepalive_timeout=75.0,
     )
@@ -65,10 +66,11 @@ async def serve(
         await stop.wait()
         logger.info("stopping", extra={"open_requests": app[SERVICES].admission.num_open})
         app[SERVICES].is_draining = True
+        loop = asyncio.get_running_loop()
+        loop.call_later(settings.drain_s, app[SERVICES].generator.stop_streams)
     finally:
-        await (
-            runner.cleanup()
-        )  # closes the port, waits for open streams up to `drain_s`, then ends them
+        # closes the port and waits for open streams; those left after `drain_s` end behind a whole event
+        await runner.cleanup()
     logger.info("stopped")
 
 

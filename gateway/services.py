@@ -6,10 +6,12 @@ from aiohttp import web
 from opentelemetry.trace import Tracer
 
 from gateway.admission import Admission
+from gateway.broker_health import BrokerHealth
 from gateway.exposition import SharedMetrics
 from gateway.generation import Generator
 from gateway.metrics import GatewayMetrics
 from gateway.model_directory import ModelDirectory
+from gateway.request_finder import RequestFinder
 from gateway.settings import GatewaySettings
 
 
@@ -20,7 +22,9 @@ class Services:
     settings: GatewaySettings
     directory: ModelDirectory
     generator: Generator
+    finder: RequestFinder
     admission: Admission
+    broker: BrokerHealth
     metrics: GatewayMetrics
     shared_metrics: SharedMetrics
     tracer: Tracer

@@ -53,6 +53,12 @@ class GatewaySettings:
     wait_for_model: bool = setting(
         False, "Open the port only once a worker is ready.", is_hidden=True
     )
+    fault_at: str = setting(
+        "",
+        "For tests: where this process breaks, see common/faults.py.",
+        env=("FAULT_AT",),
+        is_hidden=True,
+    )
     cors_allow_origin: tuple[str, ...] = setting(
         (), "Origin that browsers may call from; the default is any.", env=("CORS_ALLOW_ORIGIN",)
     )

@@ -7,6 +7,7 @@ from typing import Self
 from aiohttp import web
 
 COMMENT = b":\n\n"
+WAIT = b": wait\n\n"
 _PATIENCE = 4  # keep-alive periods that one write may take before the connection is given up
 
 HEADERS = {
@@ -20,6 +21,7 @@ class EventStream:
     """Use as `async with EventStream(request, ...) as events`; every way out ends the response.
 
     `write` waits while the client is slower than its model, so its frames wait in the journal and not here.
+    A response that was `cut` lacks HTTP's last chunk: that tells every client that more is to come, elsewhere.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class EventStream:
         self._loop = asyncio.get_running_loop()
         self._written_at = self._loop.time()
         self._is_writing = False
+        self._is_cut = False
         self._timer: asyncio.TimerHandle | None = None
         self._comment: asyncio.Task[None] | None = None
 
@@ -45,7 +48,7 @@ class EventStream:
             self._timer.cancel()
         if self._comment and not self._comment.done():
             self._comment.cancel()
-        if kind is None:
+        if kind is None and not self._is_cut:
             await self.response.write_eof()
 
     async def write(self, data: bytes) -> None:
@@ -55,6 +58,16 @@ class EventStream:
             await self.response.write(data)
         finally:
             self._is_writing = False
+
+    async def say_wait(self) -> None:
+        """Tell that there is nothing to tell: the broker does not answer. Raises ConnectionError."""
+        await self.write(WAIT)
+
+    def cut(self) -> None:
+        """Close the connection behind the last event."""
+        self._is_cut = True
+        if self._request.transport:
+            self._request.transport.close()  # sends what was written before
 
     def _look(self) -> None:
         """After each period: a comment if nothing was written, an end if a write hangs."""

@@ -4,10 +4,12 @@ Nothing behind this file checks user input again: not the queue, not the worker.
 """
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from common.errors import ValidationError
-from common.messages import GenerationRequest, ModelCard, Sampling, Stopping
+from common.messages import GenerationRequest, Grammar, ModelCard, Sampling, Stopping
+from gateway.grammar import checked_grammar
 from gateway.model_directory import ServedModel
 from gateway.schemas.native import GenerateBody, GenerateParameters
 from gateway.settings import GatewaySettings
@@ -24,6 +26,7 @@ class ValidGeneration:
     has_details: bool
     prefix: str  # put before the generated text: the prompt for `return_full_text`, else empty
     num_characters: int  # of the prompt
+    keeps_special_tokens: bool = False  # in the generated text
 
     @property
     def request(self) -> GenerationRequest:
@@ -65,11 +68,13 @@ async def validate(
     _require(bool(body.inputs), "`inputs` cannot be empty")
     prompt = await _prompt_tokens(body, model)
     stopping = _stopping(parameters, card, num_prompt_tokens=len(prompt))
+    bias = checked_logit_bias(parameters.logit_bias, card)
+    grammar = await checked_grammar(parameters.grammar)
     request = GenerationRequest(
         id=request_id,
         model=card.model,
         prompt_tokens=prompt,
-        sampling=_sampling(parameters),
+        sampling=_sampling(parameters, bias, grammar),
         stopping=stopping,
         prompt_logprobs=parameters.decoder_input_details,
         priority=1 if body.priority is None else body.priority,
@@ -85,6 +90,7 @@ async def validate(
         has_details=parameters.details or parameters.decoder_input_details,
         prefix=body.inputs if is_full else "",
         num_characters=len(body.inputs),
+        keeps_special_tokens=card.keeps_special_tokens,
     )
 
 
@@ -95,10 +101,6 @@ def _require(is_met: bool, rule: str) -> None:
 
 def _check_supported(parameters: GenerateParameters) -> None:
     """What TGI has and we have not is refused by name, never ignored."""
-    _require(parameters.grammar is None, "grammar is not supported")
-    _require(
-        not parameters.watermark, "`watermark` is not supported; leave it out or set it to false"
-    )
     _require(parameters.adapter_id is None, "`adapter_id` is not supported; leave it out")
 
 
@@ -198,7 +200,28 @@ def _stopping(given: GenerateParameters, card: ModelCard, *, num_prompt_tokens: 
     )
 
 
-def _sampling(given: GenerateParameters) -> Sampling:
+def checked_logit_bias(
+    given: Mapping[str, float] | None, card: ModelCard
+) -> tuple[tuple[int, float], ...]:
+    """Token ids and what is added to their logits. Raises ValidationError."""
+    bias = []
+    for token, value in (given or {}).items():
+        is_token = token.isascii() and token.isdigit() and len(token) < 10
+        _require(
+            is_token and int(token) < card.vocab_size,
+            f"`logit_bias` takes token ids >= 0 and < {card.vocab_size}. Given: {token[:20]}",
+        )
+        _require(
+            -100.0 <= value <= 100.0,
+            f"`logit_bias` values must be >= -100.0 and <= 100.0. Given: {value}",
+        )
+        bias.append((int(token), value))
+    return tuple(bias)
+
+
+def _sampling(
+    given: GenerateParameters, bias: tuple[tuple[int, float], ...], grammar: Grammar | None
+) -> Sampling:
     """Any rule that only makes sense with sampling turns it on, as in TGI; `min_p` is one of them."""
     does_sample = (
         given.do_sample
@@ -222,8 +245,11 @@ def _sampling(given: GenerateParameters) -> Sampling:
         repetition_penalty=1.0 if given.repetition_penalty is None else given.repetition_penalty,
         frequency_penalty=given.frequency_penalty or 0.0,
         presence_penalty=given.presence_penalty or 0.0,
+        logit_bias=bias,
         seed=seed,
         top_n_tokens=given.top_n_tokens or 0,
+        watermark=given.watermark,
+        grammar=grammar,
     )
 
 

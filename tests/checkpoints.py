@@ -31,8 +31,10 @@ def save_checkpoint(folder: Path, config: object, *, seed: int = 0) -> torch.nn.
     ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
+            if name.endswith(".weight") and parameter.dim() == 1:  # of a norm
                 parameter.uniform_(0.5, 1.5)
+            elif parameter.dim() == 1:  # wide biases would say the same whatever the input is
+                parameter.normal_(std=0.1)
             else:
                 parameter.normal_(std=INITIAL_STD)
     model.save_pretrained(folder)

@@ -130,6 +130,11 @@ async def _until_ready(url: str, process: Process) -> None:
             await asyncio.sleep(0.05)  # nothing announces an open port
 
 
+def place_of(event_id: str) -> int:
+    """The index in `<request id>:<index>-<hash>`."""
+    return int(event_id.rpartition(":")[2].partition("-")[0])
+
+
 async def generate(session: aiohttp.ClientSession, url: str, inputs: str, **parameters) -> dict:
     """The answer of `/generate`."""
     body = {"inputs": inputs, "parameters": parameters}

@@ -11,6 +11,7 @@ sampling/     from logits to tokens
 models/       one file a family, and the table of them
 layers/       what models are built from
 kernels/      attention over paged memory
+quantization/ linear layers with weights in fewer bits
 weights/      find, load and convert checkpoints
 parallel/     shards of one model
 """

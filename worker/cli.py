@@ -1,6 +1,8 @@
-"""`tokenfleet worker`. Imports torch only once its options have been read."""
+"""`tokenfleet worker`. Imports torch only once its options have been read, and never in the launcher of
+shards."""
 
 import click
+from click.core import ParameterSource
 
 from common.cli import explained_imports
 from common.settings import options_from
@@ -11,6 +13,23 @@ from worker.settings import WorkerSettings
 @options_from(WorkerSettings)
 def worker(settings: WorkerSettings) -> None:
     """Load a model and generate what the queue holds, until SIGTERM: then finish, hand over the rest and end."""
+    context = click.get_current_context()
     with explained_imports("worker"):
-        from worker.service.worker import run
-    click.get_current_context().exit(run(settings))
+        context.exit(_run(settings, context))
+
+
+def _run(settings: WorkerSettings, context: click.Context) -> int:
+    """This process is a whole worker, the launcher of several shards, or one of these."""
+    if settings.num_shard > 1 and settings.shard_rank is None:
+        from worker.parallel.launch import run_group
+
+        source = context.get_parameter_source
+        given = {name for name in context.params if source(name) == ParameterSource.COMMANDLINE}
+        return run_group(settings, given)
+    if settings.shard_rank:
+        from worker.engine.sharded import run_follower
+
+        return run_follower(settings)
+    from worker.service.worker import run
+
+    return run(settings)

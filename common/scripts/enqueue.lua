@@ -1,6 +1,7 @@
 -- ENQUEUE: put a new request on its queue, once for each request id.
 -- KEYS  1 request hash, 2 its queue, 3.. all queues of the model
--- ARGV  1 id, 2 body, 3 group, 4 max_waiting, 5 deadline_ms, 6 grace_ms, 7 prompt_tokens, 8 max_new_tokens, 9 tenant
+-- ARGV  1 id, 2 body, 3 group, 4 max_waiting, 5 deadline_ms, 6 grace_ms, 7 prompt_tokens, 8 max_new_tokens, 9 tenant,
+--       10 on_disconnect
 -- Gives {'OK', entry, waiting} | {'DUPLICATE', state} | {'FULL', waiting}
 local state = redis.call('HGET', KEYS[1], 'state')
 if state then return {'DUPLICATE', state} end
@@ -18,6 +19,6 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local entry = redis.call('XADD', KEYS[2], '*', 'id', ARGV[1], 'prompt_tokens', ARGV[7],
   'max_new_tokens', ARGV[8], 'tenant', ARGV[9], 'enqueued_at', time[1])
 redis.call('HSET', KEYS[1], 'state', 'queued', 'entry', entry, 'queue', KEYS[2], 'body', ARGV[2], 'created', now,
-  'deadline', now + ARGV[5], 'grace', ARGV[6], 'token', '', 'attempts', 0, 'stalled', 0, 'leased_at_length', 0)
+  'deadline', now + ARGV[5], 'grace', ARGV[6], 'token', '', 'attempts', 0, 'stalled', 0, 'leased_at_length', 0, 'on_disconnect', ARGV[10])
 redis.call('PEXPIRE', KEYS[1], ARGV[5] + ARGV[6])
 return {'OK', entry, waiting}

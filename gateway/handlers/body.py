@@ -40,4 +40,7 @@ def _in_words(problem: dict[str, Any]) -> Exception:
         reason = problem["ctx"]["error"] if "ctx" in problem else problem["msg"]
         return MalformedRequest(f"{_NOT_JSON}{reason}")
     place = ".".join(str(part) for part in problem["loc"])
-    return ValidationError(f"{_WRONG_TYPE}{place + ': ' if place else ''}{problem['msg']}")
+    if problem["type"] == "extra_forbidden":
+        return ValidationError(f"Unrecognized request argument supplied: {place}", param=place)
+    text = f"{_WRONG_TYPE}{place + ': ' if place else ''}{problem['msg']}"
+    return ValidationError(text, param=place or None)

@@ -2,21 +2,26 @@
 
 import json
 import logging
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, ExitStack
+from dataclasses import replace
 
 from aiohttp import web
 
-from common.errors import FleetError, ValidationError
-from common.messages import Finish, ModelCard
+from common.errors import FleetError, IdempotencyConflict, Unavailable, ValidationError
+from common.messages import Finish, GenerationRequest, ModelCard, OnDisconnect
 from common.telemetry import inject
 from gateway.generation import FrameStream
 from gateway.handlers.body import read_body
-from gateway.native_format import StreamFormat, answer_json, error_event
+from gateway.handlers.outcome import observed, record_finish, record_stream, with_way_back
+from gateway.native_format import StreamFormat, answer_json
+from gateway.presentation import presentation_of
 from gateway.record import RECORD, RequestRecord
+from gateway.resumption import EventId, Terms, fingerprint_of, seed_of, terms_of
 from gateway.schemas.native import CompatBody, GenerateBody
 from gateway.services import SERVICES, Services
 from gateway.sse import EventStream
+from gateway.tokenization import Span
 from gateway.validation import ValidGeneration, validate
 
 logger = logging.getLogger(__name__)
@@ -48,23 +53,29 @@ async def tokenize(request: web.Request) -> web.Response:
     model = await request.app[SERVICES].directory.find(body.model)
     spans = await model.tokenizer.spans(body.inputs)
     kept = spans[-body.parameters.truncate :] if body.parameters.truncate else spans
-    rows = [
-        {"id": span.id, "text": span.text, "start": span.start, "stop": span.stop} for span in kept
+    return web.json_response(text=json.dumps(spans_json(kept), ensure_ascii=False))
+
+
+def spans_json(spans: list[Span]) -> list[dict[str, int | str]]:
+    """Tokens of a prompt in TGI's shape."""
+    return [
+        {"id": span.id, "text": span.text, "start": span.start, "stop": span.stop} for span in spans
     ]
-    return web.json_response(text=json.dumps(rows, ensure_ascii=False))
 
 
 async def _answer(
     request: web.Request, body: GenerateBody, *, is_compat: bool = False
 ) -> web.Response:
     services, record = request.app[SERVICES], request[RECORD]
-    async with _observed(services, record):
+    async with observed(services, record):
         with ExitStack() as permits:
             valid, card = await _validate(request, body, permits, is_compat=is_compat)
             validated_s = record.elapsed_s
-            answers = await services.generator.complete_all(valid.requests)
+            answers = await services.generator.complete_all(
+                valid.requests, keeps_special_tokens=valid.keeps_special_tokens
+            )
         finish = answers[0].finish
-        _record_finish(record, finish, first_token_s=validated_s + answers[0].first_token_s)
+        record_finish(record, finish, first_token_s=validated_s + answers[0].first_token_s)
         text = answer_json(valid, answers)
         headers = _compute_headers(services, valid, card)
         headers |= _time_headers(record, valid, finish, validation_s=validated_s)
@@ -78,41 +89,75 @@ async def _answer(
 async def _stream(
     request: web.Request, body: GenerateBody, *, is_compat: bool = False
 ) -> web.StreamResponse:
-    """Errors before the first byte have a real status; later ones become the last event."""
     services, record = request.app[SERVICES], request[RECORD]
-    async with _observed(services, record) as outcome:
+    last_event = terms_of(request).last_event
+    async with observed(services, record) as outcome:
         with ExitStack() as permits:
             valid, card = await _validate(
                 request, body, permits, is_compat=is_compat, is_stream=True
             )
-            validated_s = record.elapsed_s
-            async with (
-                services.generator.stream(valid.request) as frames,
-                EventStream(
-                    request,
-                    keep_alive_s=services.settings.keep_alive_s,
-                    headers=_compute_headers(services, valid, card),
-                ) as events,
-            ):
-                try:
-                    await _relay(frames, events, StreamFormat(valid))
-                except FleetError as error:
-                    outcome.append(error)
-                    await events.write(error_event(error))
-                except ConnectionError:
-                    raise
-                except Exception as error:
-                    logger.exception("stream failed", extra={"request_id": record.id})
-                    outcome.append(error)
-                    await events.write(error_event(FleetError("Internal error")))
-                finally:
-                    _record_stream(record, frames, validated_s=validated_s)
-            return events.response
+            return await relay_stream(
+                request,
+                services.generator.stream(valid.request, last_event=last_event),
+                lambda known: StreamFormat(replace(valid, requests=(known,))),
+                last_event=last_event,
+                headers=_compute_headers(services, valid, card),
+                outcome=outcome,
+            )
 
 
-async def _relay(frames: FrameStream, events: EventStream, format: StreamFormat) -> None:
+async def relay_stream(
+    request: web.Request,
+    following: AbstractAsyncContextManager[FrameStream],
+    format_of: Callable[[GenerationRequest], StreamFormat],
+    *,
+    last_event: EventId | None,
+    headers: dict[str, str] | None = None,
+    outcome: list[BaseException] | None = None,
+) -> web.StreamResponse:
+    """Write the frames of `following` as the events of `format_of` the request, those behind `last_event`.
+
+    Errors before the first byte have a real status; later ones become the last event, and go to `outcome`.
+    """
+    services, record = request.app[SERVICES], request[RECORD]
+    outcome = [] if outcome is None else outcome
+    started_s, keep_alive_s = record.elapsed_s, services.settings.keep_alive_s
+    async with (
+        following as frames,
+        EventStream(request, keep_alive_s=keep_alive_s, headers=headers) as events,
+    ):
+        frames.call_while_held(events.say_wait)
+        format = format_of(frames.request)
+        try:
+            await _relay(frames, events, format, last_event)
+        except FleetError as error:
+            outcome.append(error)
+            await events.write(format.error(with_way_back(error, frames)))
+        except ConnectionError:
+            raise
+        except Exception as error:
+            logger.exception("stream failed", extra={"request_id": record.id})
+            outcome.append(error)
+            await events.write(format.error(FleetError("Internal error")))
+        finally:
+            record_stream(record, frames, validated_s=started_s)
+    return events.response
+
+
+async def _relay(
+    frames: FrameStream, events: EventStream, format: StreamFormat, last_event: EventId | None
+) -> None:
+    """Earlier frames are formatted too, for the final text, but not written again."""
+    first = last_event.index + 1 if last_event else 0
     async for index, frame in frames:
-        await events.write(format.events(index, frame))
+        data = format.events(index, frame)
+        if index >= first:
+            await events.write(data)
+    if not frames.is_stopped:
+        return
+    if frames.on_leave is OnDisconnect.CANCEL:  # nobody can come back to it
+        raise Unavailable("This gateway is stopping")
+    events.cut()
 
 
 async def _validate(
@@ -126,61 +171,48 @@ async def _validate(
     """Admit and check a request; its permits live as long as `permits`."""
     services, record = request.app[SERVICES], request[RECORD]
     permits.enter_context(services.admission.permit())
+    terms = terms_of(request)
+    services.broker.check()
     model = await services.directory.find(body.model)
-    record.model = model.name
+    record.model, record.id = model.name, terms.request_id or record.id
     valid = await validate(
         body,
         model,
         services.settings,
         request_id=record.id,
         is_stream=is_stream,
-        returns_full_text=is_compat and not is_encoder_decoder(model.card),
+        returns_full_text=is_compat and not model.card.is_encoder_decoder,
         created_at=record.created_at,
         traceparent=inject(),
     )
+    valid = _on_terms(valid, terms, body)
+    if terms.request_id:
+        known = await services.finder.lookup(valid.request.id)
+        if known and known.fingerprint != valid.request.fingerprint:
+            raise IdempotencyConflict()
     permits.enter_context(services.admission.permit(len(valid.requests) - 1))
     record.prompt_tokens = valid.num_prompt_tokens
     services.metrics.observe_start(valid.request, validation_s=record.elapsed_s)
     return valid, model.card
 
 
-def is_encoder_decoder(card: ModelCard) -> bool:
-    """Such a model's answer does not continue the prompt, so the prompt is no part of the full text."""
-    return card.architecture.endswith("ForConditionalGeneration")
+def _on_terms(valid: ValidGeneration, terms: Terms, body: GenerateBody) -> ValidGeneration:
+    """Note in the requests what a retry must find again."""
 
+    def noted(request: GenerationRequest) -> GenerationRequest:
+        sampling = request.sampling
+        if terms.request_id and sampling.do_sample and body.parameters.seed is None:
+            sampling = replace(sampling, seed=seed_of(request.id))
+        return replace(
+            request,
+            sampling=sampling,
+            on_disconnect=terms.on_disconnect,
+            fingerprint=fingerprint,
+            presentation=presentation,
+        )
 
-@asynccontextmanager
-async def _observed(
-    services: Services, record: RequestRecord
-) -> AsyncIterator[list[BaseException]]:
-    """Count what becomes of a generation; a stream that failed after its headers says so in the list."""
-    late: list[BaseException] = []
-    services.metrics.request_count.inc()
-    try:
-        yield late
-    except BaseException as error:
-        services.metrics.observe_failure(error)
-        raise
-    if late:
-        services.metrics.observe_failure(late[0])
-        record.error_type = late[0].kind if isinstance(late[0], FleetError) else "internal"
-    else:
-        services.metrics.observe_success(duration_s=record.elapsed_s)
-
-
-def _record_stream(record: RequestRecord, frames: FrameStream, *, validated_s: float) -> None:
-    record.generated_tokens = frames.num_tokens
-    if frames.first_token_s is not None:
-        record.first_token_s = validated_s + frames.first_token_s
-    if frames.finish is not None:
-        _record_finish(record, frames.finish, first_token_s=record.first_token_s)
-
-
-def _record_finish(record: RequestRecord, finish: Finish, *, first_token_s: float | None) -> None:
-    record.generated_tokens = finish.generated_tokens
-    record.finish_reason = finish.reason.value
-    record.queue_s = finish.queue_s
-    record.first_token_s = first_token_s
+    fingerprint, presentation = fingerprint_of(body), presentation_of(valid)
+    return replace(valid, requests=tuple(noted(request) for request in valid.requests))
 
 
 def _compute_headers(services: Services, valid: ValidGeneration, card: ModelCard) -> dict[str, str]:

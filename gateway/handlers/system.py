@@ -9,7 +9,6 @@ from aiohttp import hdrs, web
 from common.messages import ModelCard
 from gateway.exposition import CONTENT_TYPE
 from gateway.fleet_metrics import fleet_metrics
-from gateway.handlers.generate import is_encoder_decoder
 from gateway.model_directory import ServedModel
 from gateway.services import SERVICES, Services
 
@@ -63,8 +62,7 @@ async def info(request: web.Request) -> web.Response:
 async def models(request: web.Request) -> web.Response:
     """What a request may name."""
     names = [model.name for model in request.app[SERVICES].directory.models]
-    rows = [{"id": name, "object": "model", "created": 0, "owned_by": name} for name in names]
-    return web.json_response({"object": "list", "data": rows})
+    return web.json_response({"object": "list", "data": [model_entry(name) for name in names]})
 
 
 async def metrics(request: web.Request) -> web.Response:
@@ -72,6 +70,11 @@ async def metrics(request: web.Request) -> web.Response:
     services: Services = request.app[SERVICES]
     text = services.shared_metrics.render(fleet_metrics(services.directory))
     return web.Response(body=text.encode(), headers={hdrs.CONTENT_TYPE: CONTENT_TYPE})
+
+
+def model_entry(name: str) -> dict[str, Any]:
+    """A model in OpenAI's shape; when it was made, no worker knows."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": name}
 
 
 def package_version() -> str:
@@ -82,7 +85,7 @@ def package_version() -> str:
 
 
 def _pipeline_tag(card: ModelCard) -> str:
-    return "text2text-generation" if is_encoder_decoder(card) else "text-generation"
+    return "text2text-generation" if card.is_encoder_decoder else "text-generation"
 
 
 def _describe(model: ServedModel) -> dict[str, Any]:

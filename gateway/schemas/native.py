@@ -4,7 +4,7 @@ Parsing is strict as TGI's is (no "1" for 1), a null means "not set" wherever a 
 are ignored. The response models are here for /openapi.json; `gateway.native_format` writes them by hand, for speed.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -32,6 +32,46 @@ Float32 = Annotated[
 ]
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 Unsigned64 = Annotated[int, Field(ge=0, le=2**64 - 1)]
+
+
+class JsonGrammar(Body):
+    """The answer is JSON that fits a schema."""
+
+    type: Literal["json", "json_object"]
+    value: dict[str, Any] | str = Field(description="A JSON schema, or one written as a string.")
+
+
+class NamedSchema(Body):
+    """A JSON schema with a name, which is only for people."""
+
+    name: str | None = None
+    value: dict[str, Any] = Field(alias="schema")
+
+
+class JsonSchemaGrammar(Body):
+    """The answer is JSON that fits a schema, in OpenAI's spelling."""
+
+    type: Literal["json_schema"]
+    value: NamedSchema
+
+
+class RegexGrammar(Body):
+    """The whole answer matches a regular expression (Rust's, without look-around)."""
+
+    type: Literal["regex"]
+    value: str = Field(examples=["[A-Z][a-z]+"])
+
+
+class LarkGrammar(Body):
+    """The answer follows a Lark grammar, in llguidance's dialect."""
+
+    type: Literal["lark"]
+    value: str
+
+
+AnyGrammar = Annotated[
+    JsonGrammar | JsonSchemaGrammar | RegexGrammar | LarkGrammar, Field(discriminator="type")
+]
 
 
 class GenerateParameters(Body):
@@ -96,8 +136,15 @@ class GenerateParameters(Body):
     top_n_tokens: Int32 | None = Field(
         None, description="Return the n likeliest tokens at every position."
     )
-    watermark: Switch = Field(False, description="Not supported; true is refused.")
-    grammar: dict[str, Any] | None = Field(None, description="Not supported; refused when set.")
+    logit_bias: dict[str, Float32] | None = Field(
+        None,
+        description="Added to the logits, by token id; -100 to 100.",
+        examples=[{"50256": -100}],
+    )
+    watermark: Switch = Field(
+        False, description="Mark the answer so that a detector recognizes it (Kirchenbauer 2023)."
+    )
+    grammar: AnyGrammar | None = Field(None, description="What the answer must look like.")
     adapter_id: str | None = Field(None, description="Not supported; refused when set.")
 
 
@@ -180,7 +227,7 @@ class StreamDetailsBody(BaseModel):
 
 
 class StreamEvent(BaseModel):
-    """One event of a stream: `id: <index>-<chain hash>` and `data: <this>`."""
+    """One event of a stream: `id: <request id>:<index>-<chain hash>` and `data: <this>`."""
 
     index: int = Field(description="Counts from 1.")
     token: TokenBody
@@ -196,6 +243,26 @@ class TokenSpan(BaseModel):
     text: str
     start: int
     stop: int
+
+
+class RequestAnswer(BaseModel):
+    """A request by its id. Times are Unix seconds by the broker's clock."""
+
+    id: str
+    model: str
+    state: str = Field(description="queued, running, finished, cancelled or failed.")
+    attempts: int = Field(description="How many workers have begun or taken it over.")
+    prompt_tokens: int
+    generated_tokens: int = Field(description="So far.")
+    max_new_tokens: int
+    priority: int
+    on_disconnect: str = Field(description="cancel, grace or run.")
+    created_at: float
+    deadline_at: float
+    finish_reason: str | None
+    error: str | None
+    error_type: str | None
+    cancelled: bool | None = Field(None, description="Only of DELETE: whether it was still live.")
 
 
 class ErrorAnswer(BaseModel):

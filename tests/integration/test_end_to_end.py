@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from common.redis_keys import ModelKeys
 from common.worker_registry import WorkerRegistry
-from tests.fleet import Fleet, generate, stream
+from tests.fleet import Fleet, generate, place_of, stream
 
 pytestmark = [pytest.mark.redis, pytest.mark.usefixtures("session_deadline")]
 
@@ -45,7 +45,7 @@ async def test_both_routes_tell_the_same_text(fleet: Fleet, session: aiohttp.Cli
     assert events[-1][1]["generated_text"] == TEXT
     visible = (event["token"] for _, event in events if not event["token"]["special"])
     assert "".join(token["text"] for token in visible) == TEXT
-    assert [event_id.split("-")[0] for event_id, _ in events] == [str(i) for i in range(len(events))]
+    assert [place_of(event_id) for event_id, _ in events] == list(range(len(events)))
 
 
 async def test_two_workers_and_two_gateways_share_the_load(fleet: Fleet, session, redis: Redis):
@@ -63,14 +63,14 @@ async def test_two_workers_and_two_gateways_share_the_load(fleet: Fleet, session
 
 
 async def test_worker_started_under_load_takes_requests(fleet: Fleet, session, redis: Redis):
-    await fleet.worker("--echo-delay-ms", "5", "--max-batch-size", "2")
+    await fleet.worker("--echo-delay-ms", "5", "--max-batch-size", "2", "--lease-s", "1")
     url = await fleet.gateway()
     load = [
         asyncio.create_task(generate(session, url, f"{n} {TEXT}", max_new_tokens=30))
         for n in range(40)
     ]
     await load[0]
-    await fleet.worker("--echo-delay-ms", "5", "--max-batch-size", "8")
+    await fleet.worker("--echo-delay-ms", "5", "--max-batch-size", "8", "--lease-s", "1")
     started = asyncio.get_running_loop().time()
     registry = WorkerRegistry(redis)
     while sum(status.running > 0 for status in await registry.workers("echo")) < 2:
@@ -102,7 +102,7 @@ async def test_worker_killed_in_mid_stream_is_replaced(fleet: Fleet, session: ai
     await first.stop(signal.SIGKILL)
     await fleet.worker("--lease-s", "1")
     received += [event async for event in events]
-    assert [int(event_id.split("-")[0]) for event_id, _ in received] == list(range(len(received)))
+    assert [place_of(event_id) for event_id, _ in received] == list(range(len(received)))
     assert received[-1][1]["generated_text"] == TEXT
 
 
@@ -114,7 +114,7 @@ async def test_stopped_worker_hands_its_streams_over(fleet: Fleet, session: aioh
     await fleet.worker("--echo-delay-ms", "1")
     assert await first.stop() == 0
     received += [event async for event in events]
-    assert [int(event_id.split("-")[0]) for event_id, _ in received] == list(range(len(received)))
+    assert [place_of(event_id) for event_id, _ in received] == list(range(len(received)))
     assert received[-1][1]["generated_text"] == TEXT
 
 

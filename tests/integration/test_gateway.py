@@ -27,6 +27,7 @@ from common.request_queue import Append, Lease, RequestQueue
 from common.worker_registry import WorkerRegistry, WorkerStatus
 from gateway.server import serve
 from gateway.settings import GatewaySettings
+from tests.fleet import place_of
 
 pytestmark = [pytest.mark.redis, pytest.mark.usefixtures("deadline")]
 
@@ -172,12 +173,12 @@ async def test_stream_delivers_every_frame_once(session, worker):
         events = [event async for event in sse(response)]
     assert [data["token"]["text"] for _, data in events] == words
     assert [data["index"] for _, data in events] == list(range(1, 101))
-    assert [int(id.partition("-")[0]) for id, _ in events] == list(range(100))
+    assert [place_of(id) for id, _ in events] == list(range(100))
     assert events[-1][1]["generated_text"] == "".join(words)
     chain = first_chain(response.headers["x-request-id"])
     for number, (id, data) in enumerate(events):
         chain = next_chain(chain, (Token(data["token"]["id"], data["token"]["text"], 0.0),))
-        assert id == f"{number}-{chain.hex()}"
+        assert id == f"{response.headers['x-request-id']}:{number}-{chain.hex()}"
 
 
 async def test_many_streams_at_once(session, worker):

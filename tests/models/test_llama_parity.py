@@ -2,23 +2,13 @@
 in float32."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from tests.checkpoints import (
-    VOCAB_SIZE,
-    Driven,
-    Driver,
-    greedy_oracle,
-    prompt_logprob_oracle,
-    random_prompt,
-    save_checkpoint,
-)
-from worker.engine.engine import build_engine
-from worker.settings import WorkerSettings
+from tests.checkpoints import VOCAB_SIZE, Driven, prompt_logprob_oracle, random_prompt
+from tests.parity import NUM_TOKENS, Checkpoint, a_sequence
 
 SIZES = dict(
     vocab_size=VOCAB_SIZE,
@@ -70,68 +60,37 @@ FAMILIES = {
 }
 
 LONG, MIDDLE, SHORT = 37, 23, 5
-NUM_TOKENS = 12
-
-
-class Family:
-    """A checkpoint on disk and its oracle; answers are computed once."""
-
-    def __init__(self, folder: Path, config: transformers.PretrainedConfig) -> None:
-        self.folder = folder
-        self.oracle = save_checkpoint(folder, config)
-        self._answers: dict[tuple[int, ...], tuple[list[int], list[float]]] = {}
-
-    def answer(self, prompt: tuple[int, ...]) -> tuple[list[int], list[float]]:
-        if prompt not in self._answers:
-            self._answers[prompt] = greedy_oracle(self.oracle, prompt, NUM_TOKENS)
-        return self._answers[prompt]
-
-    def driver(self, *, seed: int = 0, **settings: object) -> Driver:
-        values = dict(
-            model_id=str(self.folder), device="cpu", dtype="float32", threads=1, block_size=4
-        )
-        values |= dict(max_total_tokens=64, max_batch_size=8) | settings
-        return Driver(build_engine(WorkerSettings(**values)).engine, seed=seed)
-
-    def check(self, sequence: Driven) -> None:
-        tokens, logprobs = self.answer(sequence.prompt)
-        assert sequence.tokens == tokens
-        torch.testing.assert_close(sequence.logprobs, logprobs, atol=1e-4, rtol=0)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return Family(tmp_path_factory.mktemp(request.param), FAMILIES[request.param])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint(tmp_path_factory.mktemp(request.param), FAMILIES[request.param])
 
 
 @pytest.fixture(scope="module")
-def plain_family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return Family(tmp_path_factory.mktemp("plain"), FAMILIES["llama-gqa"])
+def plain_family(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint(tmp_path_factory.mktemp("plain"), FAMILIES["llama-gqa"])
 
 
-def sequence(slot: int, length: int, *, chunk_size: int = 1000, **values: object) -> Driven:
-    return Driven(slot, random_prompt(length, seed=length), NUM_TOKENS, chunk_size, **values)
-
-
-def test_the_oracle_is_not_trivial(family: Family) -> None:
+def test_the_oracle_is_not_trivial(family: Checkpoint) -> None:
     tokens, logprobs = family.answer(random_prompt(LONG, seed=LONG))
     assert len(set(tokens)) > NUM_TOKENS // 2
     assert min(logprobs) < -0.01
 
 
-def test_alone(family: Family) -> None:
-    alone = sequence(3, LONG)
+def test_alone(family: Checkpoint) -> None:
+    alone = a_sequence(3, LONG)
     family.driver().run([alone])
     family.check(alone)
 
 
-def test_mixed_batch_with_chunked_prompts(family: Family) -> None:
+def test_mixed_batch_with_chunked_prompts(family: Checkpoint) -> None:
     batch = [
-        sequence(0, MIDDLE),
-        sequence(5, LONG, chunk_size=7),
-        sequence(2, SHORT, chunk_size=4),
-        sequence(1, LONG, chunk_size=1),
-        sequence(7, 1),
+        a_sequence(0, MIDDLE),
+        a_sequence(5, LONG, chunk_size=7),
+        a_sequence(2, SHORT, chunk_size=4),
+        a_sequence(1, LONG, chunk_size=1),
+        a_sequence(7, 1),
     ]
     family.driver(seed=1).run(batch)
     for one in batch:
@@ -139,15 +98,15 @@ def test_mixed_batch_with_chunked_prompts(family: Family) -> None:
 
 
 @pytest.mark.parametrize("chunk_size", [2, 4, 5, 16, 36])
-def test_chunk_sizes(plain_family: Family, chunk_size: int) -> None:
-    chunked = sequence(0, LONG, chunk_size=chunk_size)
+def test_chunk_sizes(plain_family: Checkpoint, chunk_size: int) -> None:
+    chunked = a_sequence(0, LONG, chunk_size=chunk_size)
     plain_family.driver().run([chunked])
     plain_family.check(chunked)
 
 
-def test_shared_prefix_blocks(family: Family) -> None:
+def test_shared_prefix_blocks(family: Checkpoint) -> None:
     driver = family.driver()
-    first = sequence(0, LONG)
+    first = a_sequence(0, LONG)
     driver.run([first])
     shared = tuple(driver.tables[0][:5])  # 20 tokens
     prompt = first.prompt[:20] + random_prompt(9, seed=99)
@@ -159,40 +118,44 @@ def test_shared_prefix_blocks(family: Family) -> None:
         family.check(second)
 
 
-def test_a_slot_is_used_again(plain_family: Family) -> None:
+def test_a_slot_is_used_again(plain_family: Checkpoint) -> None:
     driver = plain_family.driver()
     for length in (LONG, SHORT, MIDDLE):
-        one = sequence(0, length)
+        one = a_sequence(0, length)
         driver.run([one])
         plain_family.check(one)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 6, 1000])
-def test_prompt_logprobs(family: Family, chunk_size: int) -> None:
-    scored = sequence(0, LONG, chunk_size=chunk_size, wants_prompt_logprobs=True)
-    family.driver().run([scored, sequence(1, SHORT)])
+def test_prompt_logprobs(family: Checkpoint, chunk_size: int) -> None:
+    scored = a_sequence(0, LONG, chunk_size=chunk_size, wants_prompt_logprobs=True)
+    family.driver().run([scored, a_sequence(1, SHORT)])
     expected = prompt_logprob_oracle(family.oracle, scored.prompt)
     assert sorted(scored.prompt_logprobs) == list(range(1, LONG))
     found = [scored.prompt_logprobs[position] for position in range(1, LONG)]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-def test_overflow_of_a_neighbour_does_not_spread(plain_family: Family) -> None:
+def test_overflow_of_a_neighbour_does_not_spread(plain_family: Checkpoint) -> None:
     """Blocks full of NaN, left behind by a broken sequence, must not reach their next owner."""
     driver = plain_family.driver()
     for rows in driver.engine._runner._cache.layers:
         rows.fill_(float("nan"))
-    batch = [sequence(0, MIDDLE), sequence(1, LONG, chunk_size=5), sequence(2, SHORT, chunk_size=2)]
+    batch = [
+        a_sequence(0, MIDDLE),
+        a_sequence(1, LONG, chunk_size=5),
+        a_sequence(2, SHORT, chunk_size=2),
+    ]
     driver.run(batch)
     for one in batch:
         plain_family.check(one)
 
 
-def test_bfloat16_follows_the_oracle(family: Family) -> None:
+def test_bfloat16_follows_the_oracle(family: Checkpoint) -> None:
     """With the packed products of the CPU: close, as the oracle in bfloat16 is close to itself in
     float32."""
     driver = family.driver(dtype="bfloat16")
-    scored = sequence(0, LONG, wants_prompt_logprobs=True)
+    scored = a_sequence(0, LONG, wants_prompt_logprobs=True)
     driver.run([scored])
     expected = torch.tensor(prompt_logprob_oracle(family.oracle, scored.prompt))
     found = torch.tensor([scored.prompt_logprobs[position] for position in range(1, LONG)])

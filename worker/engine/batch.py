@@ -9,7 +9,8 @@ Slot state is a table of blocks, one row a slot; position p of slot s lives in b
                          ^ shared prefix        reads blocks 7, 2, 9; the first 11 tokens of them
 
 Rows of a batch are not in the plan's order: single tokens come first, sorted by length
-(kernels/metadata.py).
+(kernels/metadata.py). The decoder of an encoder-decoder model also attends to the blocks of its
+sequence's encoder input, in a second table; these inputs are the longer ones and sort first.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from worker.engine.plan import Chunk, KvCacheLayout
+from worker.engine.encoder_batch import EncoderBatch, encoder_batch
+from worker.engine.plan import Chunk, KvCacheLayout, SequenceStart
 from worker.kernels.metadata import AttentionMetadata, AttentionView, DecodeGroup, PromptChunk
 
 
@@ -45,7 +47,8 @@ class GroupLimits:
     """
 
     max_padding_tokens: int = 256
-    max_group_bytes: int = 2 * 2**20  # measured on two cores with 1 MiB of L2 each
+    # 3 MiB groups ran well and 12 MiB ones did not (1 MiB of L2 a core); the value is not tuned.
+    max_group_bytes: int = 2 * 2**20
 
 
 class BlockTables:
@@ -75,23 +78,29 @@ class BlockTables:
             (layout.num_slots, -(-max_total_tokens // layout.block_size)), dtype=np.int64
         )
         self._num_blocks = np.zeros(layout.num_slots, dtype=np.int64)
+        self._cross_table = np.zeros_like(self._table)
+        self._num_encoder_tokens = np.zeros(layout.num_slots, dtype=np.int64)
         self._windows = tuple(dict.fromkeys(windows))
         self._dtype = dtype
         self._device = device
         self._token_bytes = token_bytes
         self._limits = limits
 
+    def start(self, start: SequenceStart) -> None:
+        """The slot has a new sequence."""
+        self.clear(start.slot)
+        self._num_encoder_tokens[start.slot] = len(start.encoder_tokens)
+        self._cross_table[start.slot, : len(start.encoder_blocks)] = start.encoder_blocks
+
     def clear(self, slot: int) -> None:
-        """The slot has a new sequence, or none."""
-        self._num_blocks[slot] = 0
+        """The slot has no sequence."""
+        self._num_blocks[slot] = self._num_encoder_tokens[slot] = 0
 
     def batch(self, chunks: Sequence[Chunk]) -> Batch:
         """Append the chunks' new blocks to the tables, and lay the chunks out as rows."""
         for chunk in chunks:
             self._append(chunk)
-        order = sorted(
-            range(len(chunks)), key=lambda i: (len(chunks[i].tokens) > 1, -chunks[i].start)
-        )
+        order = self._order(chunks)
         ordered = [chunks[i] for i in order]
         sizes = np.fromiter((len(chunk.tokens) for chunk in ordered), np.int64, len(ordered))
         stops = np.cumsum(sizes)
@@ -116,12 +125,29 @@ class BlockTables:
                     window: self._view(window, slots, starts, stops, sizes)
                     for window in self._windows
                 },
+                cross=self._cross_view(slots, stops, sizes),
             ),
             sampled_rows=self._tensor(last_rows),
             sampled_slots=tuple(chunks[i].slot for i in sampled),
             sampled_positions=tuple(chunks[i].start + len(chunks[i].tokens) for i in sampled),
             first_rows=tuple(first_rows.tolist()),
         )
+
+    def encoder_batch(self, started: Sequence[SequenceStart]) -> EncoderBatch | None:
+        """The encoder inputs of the sequences that start, or None if there are none."""
+        inputs = [start for start in started if start.encoder_tokens]
+        if not inputs:
+            return None
+        return encoder_batch(inputs, block_size=self._block_size, device=self._device)
+
+    def _order(self, chunks: Sequence[Chunk]) -> list[int]:
+        num_encoder_tokens = self._num_encoder_tokens.tolist()
+
+        def key(index: int) -> tuple[bool, int, int]:
+            chunk = chunks[index]
+            return len(chunk.tokens) > 1, -num_encoder_tokens[chunk.slot], -chunk.start
+
+        return sorted(range(len(chunks)), key=key)
 
     def _append(self, chunk: Chunk) -> None:
         held = self._num_blocks[chunk.slot]
@@ -158,7 +184,7 @@ class BlockTables:
         num_single = int((sizes == 1).sum())
         lengths = starts[:num_single] + 1
         groups = tuple(
-            self._group(window, slots[first:last], lengths[first:last], first)
+            self._group(self._table, window, slots[first:last], lengths[first:last], first)
             for first, last in self._group_bounds(window, lengths)
         )
         chunks = tuple(
@@ -169,26 +195,59 @@ class BlockTables:
         )
         return AttentionView(groups, chunks)
 
+    def _cross_view(
+        self, slots: np.ndarray, stops: np.ndarray, sizes: np.ndarray
+    ) -> AttentionView | None:
+        """Every row sees its sequence's whole encoder input."""
+        lengths = self._num_encoder_tokens[slots]
+        if not lengths.any():
+            return None
+        num_single = int((sizes == 1).sum())
+        groups = tuple(
+            self._group(self._cross_table, None, slots[first:last], lengths[first:last], first)
+            for first, last in self._group_bounds(None, lengths[:num_single])
+        )
+        chunks = tuple(
+            self._cross_chunk(int(slots[i]), int(stops[i] - sizes[i]), int(stops[i]))
+            for i in range(num_single, len(sizes))
+        )
+        return AttentionView(groups, chunks)
+
+    def _cross_chunk(self, slot: int, first_row: int, last_row: int) -> PromptChunk:
+        num_keys = int(self._num_encoder_tokens[slot])
+        return PromptChunk(
+            start=first_row,
+            stop=last_row,
+            blocks=self._tensor(self._cross_table[slot, : -(-num_keys // self._block_size)]),
+            num_keys=num_keys,
+            mask=self._mask(np.ones((last_row - first_row, num_keys), dtype=bool)),
+        )
+
     def _group_bounds(self, window: int | None, lengths: np.ndarray) -> list[tuple[int, int]]:
-        """Where to cut the single tokens, sorted by length from long to short, into groups."""
+        """Where to cut the single tokens, sorted roughly by length, into groups."""
         if self._limits is None:
             return [(0, len(lengths))] if len(lengths) else []
         seen = np.minimum(lengths, window) if window else lengths
         max_tokens = max(1, self._limits.max_group_bytes // self._token_bytes)
         bounds = []
-        first = padding = 0
+        first = longest = num_tokens = 0
         for row, length in enumerate(seen.tolist()):
-            longest = int(seen[first])
-            is_padded = padding + longest - length > self._limits.max_padding_tokens
-            is_large = longest * (row - first + 1) > max_tokens
-            if row > first and (is_padded or is_large):
+            longest = max(longest, length)
+            num_read = longest * (row - first + 1)
+            num_tokens += length
+            is_padded = num_read - num_tokens > self._limits.max_padding_tokens
+            if row > first and (is_padded or num_read > max_tokens):
                 bounds.append((first, row))
-                first, padding, longest = row, 0, length
-            padding += longest - length
+                first, longest, num_tokens = row, length, length
         return [*bounds, (first, len(seen))] if len(seen) else []
 
     def _group(
-        self, window: int | None, slots: np.ndarray, lengths: np.ndarray, first_row: int
+        self,
+        table: np.ndarray,
+        window: int | None,
+        slots: np.ndarray,
+        lengths: np.ndarray,
+        first_row: int,
     ) -> DecodeGroup:
         block_size = self._block_size
         oldest = np.maximum(0, lengths - window) if window else np.zeros_like(lengths)
@@ -207,7 +266,7 @@ class BlockTables:
         return DecodeGroup(
             start=first_row,
             stop=first_row + len(slots),
-            blocks=self._tensor(self._table[slots[:, None], columns].reshape(-1)),
+            blocks=self._tensor(table[slots[:, None], columns].reshape(-1)),
             keep=keep,
             mask=mask,
         )

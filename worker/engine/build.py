@@ -1,5 +1,6 @@
 """From settings to a loaded model: the one place that chooses which path serves it."""
 
+from common.errors import FleetError
 from worker.engine.loaded import LoadedModel
 from worker.settings import WorkerSettings
 
@@ -14,7 +15,19 @@ def load_model(settings: WorkerSettings) -> LoadedModel:
     if settings.model_id == ECHO:
         from worker.engine.echo import load_echo
 
+        if settings.num_shard > 1:
+            raise FleetError(
+                "`num_shard` must be 1 with the echo model, which has nothing to share"
+            )
+        if settings.quantize is not None:
+            raise FleetError(
+                "`quantize` must be absent with the echo model, which has no weights"
+            )
         return load_echo(settings)
+    if settings.num_shard > 1:
+        from worker.engine.sharded import load_sharded
+
+        return load_sharded(settings)
     from worker.engine.engine import build_engine
 
     return build_engine(settings)

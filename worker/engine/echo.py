@@ -18,8 +18,11 @@ import math
 import time
 from dataclasses import dataclass, field
 
+from common.errors import ValidationError
+from common.messages import Failure
 from worker.engine.loaded import LoadedModel
 from worker.engine.plan import (
+    NO_TOKEN,
     Chunk,
     KvCacheLayout,
     PromptLogprobs,
@@ -38,6 +41,9 @@ MAX_TOTAL_TOKENS = 32768
 CACHE_TOKENS = 1 << 19  # there is no cache, so any number would do
 CHAT_TEMPLATE = "{{ messages[-1]['content'] }}"  # the answer to a chat is its last message
 _PRINTABLE = range(0x20, 0x7F)
+_NO_GRAMMAR = Failure(
+    ValidationError.kind, "Input validation error: grammar is not supported by the echo model"
+)
 _OTHERS_LOGPROB = -20.0  # of the tokens that were not chosen: they have next to no probability
 
 
@@ -106,6 +112,8 @@ class EchoEngine:
         )
 
     def _choose(self, chunk: Chunk, slot: _Slot) -> Sampled:
+        if slot.start.sampling.grammar is not None:
+            return Sampled(chunk.slot, NO_TOKEN, math.nan, failure=_NO_GRAMMAR)
         position = len(slot.tokens)
         token = self._next_token(slot, position)
         slot.tokens.append(token)

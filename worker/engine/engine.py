@@ -2,7 +2,6 @@
 text and no Redis."""
 
 import logging
-import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -10,9 +9,9 @@ import torch
 
 from common.errors import FleetError
 from worker.engine.batch import Batch, BlockTables, GroupLimits
-from worker.engine.loaded import LoadedModel
-from worker.engine.memory import KvShape, allocate_kv_cache, free_memory_bytes, plan_kv_cache
-from worker.engine.paged_runner import PagedRunner
+from worker.engine.loaded import Engine, LoadedModel
+from worker.engine.memory import KvShape, allocate_kv_cache, plan_kv_cache
+from worker.engine.paged_runner import EncoderDecoderModel, PagedModel, PagedRunner
 from worker.engine.plan import (
     Chunk,
     KvCacheLayout,
@@ -22,16 +21,29 @@ from worker.engine.plan import (
     StepPlan,
     StepResult,
 )
+from worker.engine.resolve import (
+    cache_budget_bytes,
+    resolve_device,
+    resolve_dtype,
+    resolve_eos_tokens,
+    resolve_max_total_tokens,
+    set_threads,
+)
 from worker.layers.build import Build
 from worker.layers.linear import local_kv_heads
-from worker.models.config import ConfigError, ServedConfig, token_list
-from worker.models.registry import model_class
+from worker.models.config import ServedConfig
+from worker.models.registry import has_family, model_class
+from worker.models.text_style import with_text_style
 from worker.parallel.group import Shard
+from worker.quantization.registry import linear_backends
+from worker.sampling.grammar import Grammars
 from worker.sampling.sampler import Sampler
+from worker.sampling.watermark import Watermark
 from worker.settings import WorkerSettings
-from worker.weights.files import ModelFolder, find_model
+from worker.weights.files import ModelFolder
 from worker.weights.loader import load_weights
-from worker.weights.tokenizer_files import read_tokenizer_files
+from worker.weights.prepare import prepare_model
+from worker.weights.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +59,22 @@ class TokenSampler(Protocol):
     def sample(
         self, logits: torch.Tensor, slots: Sequence[int], positions: Sequence[int]
     ) -> list[Sampled]: ...
+
+
+class Bystander:
+    """The sampler of shards above zero: rank 0 alone chooses, and its next plan tells them what."""
+
+    def start(self, start: SequenceStart) -> None:
+        pass
+
+    def release(self, slot: int) -> None:
+        pass
+
+    def sample(
+        self, logits: torch.Tensor, slots: Sequence[int], positions: Sequence[int]
+    ) -> list[Sampled]:
+        """Nothing; the logits had to be computed, because gathering them takes all shards."""
+        return []
 
 
 class PagedEngine:
@@ -69,6 +97,9 @@ class PagedEngine:
             self._release(slot)
         for start in plan.started:
             self._start(start)
+        encoder_batch = self._tables.encoder_batch(plan.started)
+        if encoder_batch is not None:
+            self._runner.encode(encoder_batch)
         if not plan.chunks:
             return StepResult(plan.step, ())
         batch = self._tables.batch(plan.chunks)
@@ -83,7 +114,7 @@ class PagedEngine:
         return StepResult(plan.step, sampled, scored)
 
     def _start(self, start: SequenceStart) -> None:
-        self._tables.clear(start.slot)
+        self._tables.start(start)
         self._sampler.start(start)
         if start.prompt_logprobs:
             self._scored_prompts[start.slot] = start.prompt_tokens
@@ -123,21 +154,45 @@ def build_engine(settings: WorkerSettings, shard: Shard = Shard()) -> LoadedMode
 
 
 def _build(settings: WorkerSettings, shard: Shard) -> LoadedModel:
-    started_at = time.monotonic()
-    folder = find_model(
+    folder = prepare_model(
         settings.model_id, revision=settings.revision, cache_dir=settings.huggingface_hub_cache
     )
     hf_config = folder.config()
+    device = resolve_device(settings, shard)
+    linear_backend, head_backend = linear_backends(settings.quantize)
+    build = Build(
+        dtype=resolve_dtype(settings, device),
+        device=device,
+        shard=shard,
+        linear_backend=linear_backend,
+        head_backend=head_backend,
+    )
+    set_threads(settings, shard)
+    if not has_family(hf_config.get("architectures")):
+        # Importing transformers takes seconds; our own families do without.
+        from worker.engine.fallback import build_fallback
+
+        return build_fallback(settings, folder, build)
     make_model = model_class(hf_config.get("architectures"))
     config = make_model.read_config(hf_config)
-    max_total_tokens = _max_total_tokens(settings, config)
-    device = _device(settings)
-    build = Build(dtype=_dtype(settings, device), device=device, shard=shard)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)  # otherwise torch's own choice, one a core
+    resolve_max_total_tokens(settings, config)  # refuses before anything is loaded
     model = make_model(config, build).eval()
     load_weights(model, make_model.weight_names(config), folder.weight_files(), device)
-    loaded_at = time.monotonic()
+    return serve_paged(settings, folder, build, config, model, served_by="engine")
+
+
+def serve_paged(
+    settings: WorkerSettings,
+    folder: ModelFolder,
+    build: Build,
+    config: ServedConfig,
+    model: PagedModel,
+    *,
+    served_by: str,
+) -> LoadedModel:
+    """A model with its weights, on as much paged cache as fits."""
+    max_total_tokens = resolve_max_total_tokens(settings, config)
+    is_encoder_decoder = isinstance(model, EncoderDecoderModel)
     shape = KvShape(
         config.num_layers,
         local_kv_heads(config.num_kv_heads, build)[0],
@@ -149,84 +204,103 @@ def _build(settings: WorkerSettings, shard: Shard) -> LoadedModel:
         block_size=settings.block_size,
         num_slots=settings.max_batch_size,
         max_total_tokens=max_total_tokens,
+        tables_per_sequence=2 if is_encoder_decoder else 1,
         max_batch_total_tokens=settings.max_batch_total_tokens,
         memory_fraction=settings.memory_fraction,
-        free_bytes=free_memory_bytes(device),
+        free_bytes=cache_budget_bytes(build.device, build.shard),
     )
-    eos_tokens = _eos_tokens(folder, config)
+    texts = with_text_style(read_tokenizer_files(folder), config)
     engine = PagedEngine(
         layout,
-        PagedRunner(model, allocate_kv_cache(layout, shape, device)),
+        PagedRunner(model, allocate_kv_cache(layout, shape, build.device)),
         BlockTables(
             layout,
             max_total_tokens=max_total_tokens,
             windows=config.windows,
             dtype=build.dtype,
-            device=device,
+            device=build.device,
             token_bytes=shape.token_bytes // shape.num_layers,
-            limits=GroupLimits() if device.type == "cpu" else None,
+            limits=GroupLimits() if build.device.type == "cpu" else None,
         ),
-        Sampler(layout.num_slots, config.vocab_size, eos_tokens=eos_tokens, device=device),
+        Bystander()
+        if build.shard.rank > 0
+        else make_sampler(settings, folder, build, config, texts, num_slots=layout.num_slots),
     )
-    texts = read_tokenizer_files(folder)
+    return describe(
+        settings,
+        folder,
+        build,
+        config,
+        texts,
+        engine=engine,
+        served_by=served_by,
+        max_total_tokens=max_total_tokens,
+        decoder_start_token=model.decoder_start_token if is_encoder_decoder else None,
+    )
+
+
+def make_sampler(
+    settings: WorkerSettings,
+    folder: ModelFolder,
+    build: Build,
+    config: ServedConfig,
+    texts: TokenizerFiles,
+    *,
+    num_slots: int,
+) -> Sampler:
+    """The sampler of the shard that chooses."""
+    eos_tokens = resolve_eos_tokens(folder, config)
+    return Sampler(
+        num_slots,
+        config.vocab_size,
+        eos_tokens=eos_tokens,
+        device=build.device,
+        grammars=Grammars(texts.tokenizer_json, eos_tokens=eos_tokens),
+        watermark=Watermark(
+            config.vocab_size, gamma=settings.watermark_gamma, delta=settings.watermark_delta
+        ),
+    )
+
+
+def describe(
+    settings: WorkerSettings,
+    folder: ModelFolder,
+    build: Build,
+    config: ServedConfig,
+    texts: TokenizerFiles,
+    *,
+    engine: Engine,
+    served_by: str,
+    max_total_tokens: int,
+    decoder_start_token: int | None,
+    has_paged_cache: bool = True,
+) -> LoadedModel:
+    """An engine with the facts of its model; one line of the log."""
+    layout = engine.layout
     dtype_name = str(build.dtype).removeprefix("torch.")
     log.info(
-        "loaded %s (%s, %s, %s) in %.1f s: %d tokens of KV cache, %d slots, up to %d tokens a sequence",
-        *(settings.model_id, config.architecture, dtype_name, device, loaded_at - started_at),
+        "loaded %s (%s, %s, %s): %d tokens of KV cache, %d slots, up to %d tokens a sequence",
+        *(settings.model_id, config.architecture, dtype_name, build.device),
         *(layout.num_tokens, layout.num_slots, max_total_tokens),
     )
     return LoadedModel(
         engine=engine,
         layout=layout,
         tokenizer_json=texts.tokenizer_json,
+        prompt_style=texts.prompt_style,
+        keeps_special_tokens=texts.keeps_special_tokens,
         architecture=config.architecture,
-        served_by="engine",
+        served_by=served_by,
         dtype=dtype_name,
-        device=str(device),
+        device=str(build.device),
         vocab_size=config.vocab_size,
         max_total_tokens=max_total_tokens,
-        eos_tokens=eos_tokens,
+        eos_tokens=resolve_eos_tokens(folder, config),
         bos_token=texts.bos_token,
         eos_token=texts.eos_token,
         chat_template=texts.chat_template,
+        quantization=settings.quantize or "",
         revision=folder.revision,
-    )
-
-
-def _max_total_tokens(settings: WorkerSettings, config: ServedConfig) -> int:
-    wanted = settings.max_total_tokens or config.max_positions
-    if wanted > config.max_positions:
-        raise ConfigError(
-            f"`max_total_tokens` must be <= {config.max_positions}, what the model was made for. Given: {wanted}"
-        )
-    return wanted
-
-
-def _device(settings: WorkerSettings) -> torch.device:
-    if settings.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("`device` is cuda, but torch finds no CUDA device; use cpu or auto")
-    return torch.device(settings.device)
-
-
-def _dtype(settings: WorkerSettings, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16, or float32 where the device has none; a float32 checkpoint is rounded, as
-    said in --help."""
-    names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if settings.dtype != "auto":
-        return names[settings.dtype]
-    has_bfloat16 = (
-        torch.cuda.is_bf16_supported()
-        if device.type == "cuda"
-        else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    return torch.bfloat16 if has_bfloat16 else torch.float32
-
-
-def _eos_tokens(folder: ModelFolder, config: ServedConfig) -> tuple[int, ...]:
-    """generation_config.json knows more ends than config.json, for example a chat model's end of
-    turn."""
-    return (
-        token_list(folder.json("generation_config.json").get("eos_token_id")) or config.eos_tokens
+        decoder_start_token=decoder_start_token,
+        has_paged_cache=has_paged_cache,
     )

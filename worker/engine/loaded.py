@@ -32,8 +32,9 @@ class LoadedModel:
     """An engine with the facts of its model, as they go into the model card.
 
     `max_total_tokens` is the longest prompt plus answer; `tokenizer_json` is the content of a
-    `tokenizer.json`; `served_by` names the path that runs the model: "engine", "transformers" or
-    "echo".
+    `tokenizer.json`; `served_by` names the path that runs the model: "engine", "transformers",
+    "transformers-padded" or "echo". Without `has_paged_cache` there are no blocks that sequences
+    could share.
     """
 
     engine: Engine
@@ -51,3 +52,12 @@ class LoadedModel:
     chat_template: str = ""
     quantization: str = ""
     revision: str = ""
+    prompt_style: str = ""  # see `worker/models/text_style.py`
+    keeps_special_tokens: bool = False
+    # What the decoder of an encoder-decoder model begins with; None for all other models.
+    decoder_start_token: int | None = None
+    has_paged_cache: bool = True
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return self.decoder_start_token is not None

@@ -25,12 +25,20 @@ class KvShape:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class StateShape:
+    """What one token needs in a cache that is not ours."""
+
+    token_bytes: int
+
+
 def plan_kv_cache(
-    shape: KvShape,
+    shape: KvShape | StateShape,
     *,
     block_size: int,
     num_slots: int,
     max_total_tokens: int,
+    tables_per_sequence: int = 1,
     max_batch_total_tokens: int | None,
     memory_fraction: float,
     free_bytes: int,
@@ -38,18 +46,22 @@ def plan_kv_cache(
     """How many blocks to allocate: what was asked for, or what fits, but never more than all slots
     could fill.
 
+    A sequence may divide its tokens among several block tables, each of which ends in a block that
+    it does not fill: an encoder's input and the decoder's tokens have one each.
+
     Raises:
         ValueError: not even one sequence of full length would fit.
     """
-    blocks_per_sequence = -(-max_total_tokens // block_size)
+    blocks_per_sequence = -(-max_total_tokens // block_size) + tables_per_sequence - 1
     budget_bytes = int(free_bytes * memory_fraction)
     affordable = budget_bytes // (block_size * shape.token_bytes)
     if max_batch_total_tokens is not None:
         wanted = max_batch_total_tokens // block_size
         if wanted < blocks_per_sequence:
             raise ValueError(
-                "`max_batch_total_tokens` must hold one sequence of `max_total_tokens`, in whole blocks. "
-                f"Given: {max_batch_total_tokens} and {max_total_tokens}, with blocks of {block_size}"
+                "`max_batch_total_tokens` must hold one sequence of `max_total_tokens`, in whole "
+                f"blocks. Given: {max_batch_total_tokens} and {max_total_tokens}, with blocks "
+                f"of {block_size}"
             )
         if wanted * block_size * shape.token_bytes > free_bytes:
             raise ValueError(
@@ -61,9 +73,10 @@ def plan_kv_cache(
         wanted = min(affordable, num_slots * blocks_per_sequence)
         if wanted < blocks_per_sequence:
             raise ValueError(
-                f"the KV cache must hold one sequence of `max_total_tokens` ({max_total_tokens}), which needs "
-                f"{blocks_per_sequence * block_size * shape.token_bytes / 2**20:.0f} MiB; `memory_fraction` "
-                f"{memory_fraction} of {free_bytes / 2**20:.0f} MiB free is {budget_bytes / 2**20:.0f} MiB. "
+                f"the KV cache must hold one sequence of `max_total_tokens` ({max_total_tokens}), "
+                f"which needs {blocks_per_sequence * block_size * shape.token_bytes / 2**20:.0f} "
+                f"MiB; `memory_fraction` {memory_fraction} of {free_bytes / 2**20:.0f} MiB free "
+                f"is {budget_bytes / 2**20:.0f} MiB. "
                 "Lower `max_total_tokens` or raise `memory_fraction`"
             )
     return KvCacheLayout(num_blocks=wanted, block_size=block_size, num_slots=num_slots)

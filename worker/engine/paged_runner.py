@@ -1,12 +1,13 @@
 """Runs the tensor part of a step: a model's forward over the paged cache, and the logits that are
 asked for."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from worker.engine.batch import Batch
-from worker.kernels.metadata import AttentionMetadata
+from worker.engine.encoder_batch import EncoderBatch
+from worker.kernels.metadata import AttentionMetadata, EncoderMetadata
 from worker.layers.attention import KvCache
 
 # Rows of full-vocabulary logits that exist at once for prompt log-probabilities: 64 x 128k x 4
@@ -28,12 +29,25 @@ class PagedModel(Protocol):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
 
 
+@runtime_checkable
+class EncoderDecoderModel(PagedModel, Protocol):
+    """What the model class of an encoder-decoder family offers. Its call runs the decoder."""
+
+    decoder_start_token: int
+
+    def encode(self, tokens: torch.Tensor, cache: KvCache, metadata: EncoderMetadata) -> None: ...
+
+
 class PagedRunner:
     """A model and its cache."""
 
-    def __init__(self, model: PagedModel, cache: KvCache) -> None:
+    def __init__(self, model: PagedModel | EncoderDecoderModel, cache: KvCache) -> None:
         self._model = model
         self._cache = cache
+
+    def encode(self, batch: EncoderBatch) -> None:
+        """Run the encoder. The cache then holds what the decoder's layers see of its output."""
+        self._model.encode(batch.tokens, self._cache, batch.attention)
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Run all rows: `[T, H]`. The cache then holds their keys and values."""

@@ -9,7 +9,7 @@ there. Rank 0 sends the same plan to every shard. Order within a plan: released,
 
 from dataclasses import dataclass
 
-from common.messages import Sampling
+from common.messages import Failure, Sampling
 
 NO_TOKEN = -1  # a `Sampled` whose logits were broken: fail this sequence, the others of the step are sound
 
@@ -29,7 +29,12 @@ class KvCacheLayout:
 
 @dataclass(frozen=True, slots=True)
 class SequenceStart:
-    """A sequence takes a slot: for the first time, or again after a preemption or on another worker."""
+    """A sequence takes a slot: for the first time, or again after a preemption or on another worker.
+
+    In an encoder-decoder model the request's prompt is `encoder_tokens`, and `prompt_tokens` is what the decoder
+    begins with: its start token. The encoder runs over all of them in the step that starts the sequence, before any
+    chunk, and what the decoder attends to of them is kept in `encoder_blocks` as long as the sequence has its slot.
+    """
 
     slot: int
     prompt_tokens: tuple[int, ...]
@@ -39,6 +44,8 @@ class SequenceStart:
     sampling: Sampling
     min_new_tokens: int = 0  # end-of-sequence tokens are masked before this many
     prompt_logprobs: bool = False
+    encoder_tokens: tuple[int, ...] = ()
+    encoder_blocks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,20 +76,24 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(chunk.tokens) for chunk in self.chunks)
+        """Tokens that run through the model, or through its encoder."""
+        num_encoder_tokens = sum(len(start.encoder_tokens) for start in self.started)
+        return num_encoder_tokens + sum(len(chunk.tokens) for chunk in self.chunks)
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """The token chosen for a slot; log-probabilities are natural logarithms after all sampling rules.
 
-    `NO_TOKEN`, with a NaN log-probability, says that the model's logits were broken.
+    `NO_TOKEN`, with a NaN log-probability, says that there is none: `failure` tells why, or the
+    model's logits were broken.
     """
 
     slot: int
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()  # (token, logprob), most likely first, ties included
+    failure: Failure | None = None
 
 
 @dataclass(frozen=True, slots=True)

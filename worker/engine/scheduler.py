@@ -5,6 +5,10 @@ prompt chunks of running sequences, then to admissions in the order of arrival:
 
     budget 16   |d|d|d| chunk of A (rest of its prompt) | chunk of B (as much as fits) |
 
+The encoder of an encoder-decoder model reads its input in one piece, which counts towards the
+budget. An input longer than what is left runs when it is the only prompt of its step: none waits
+for ever behind the decodes, and none makes a step longer than itself.
+
 Blocks for a whole prompt are taken at admission, so that a prefill never waits for memory half-way;
 a decoding sequence takes a block whenever it has filled its last. If there is none, the sequence
 that was admitted last gives all of its blocks back and is computed again later (preemption by
@@ -15,6 +19,7 @@ always ends.
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Protocol
 
 from common.errors import ValidationError
@@ -103,7 +108,7 @@ class Scheduler:
         num_slots = self._max_running - self.num_running - self.num_waiting
         if num_slots <= 0 or not self.has_work:
             return max(0, num_slots)
-        needs = [self._blocks.blocks_for(sequence.num_tokens + 1) for sequence in self.sequences]
+        needs = [self._blocks_for(sequence, num_more=1) for sequence in self.sequences]
         num_wanted = sum(needs[self.num_running :])
         num_blocks = self._blocks.num_free - num_wanted - self.num_running
         return max(0, min(num_slots, num_blocks * len(needs) // sum(needs)))
@@ -118,13 +123,9 @@ class Scheduler:
         Raises ValidationError when it could not finish even with the whole KV cache for itself.
         """
         assert sequence.state is SequenceState.WAITING and sequence.slot is None
-        if sequence.max_positions > self._layout.num_tokens:
-            prompt, stopping = sequence.request.prompt_tokens, sequence.request.stopping
-            raise ValidationError(
-                "`inputs` tokens + `max_new_tokens` must be <= the KV cache of this worker: "
-                f"{self._layout.num_tokens + 1}. Given: {len(prompt)} `inputs` tokens and "
-                f"{stopping.max_new_tokens} `max_new_tokens`"
-            )
+        num_more = sequence.max_positions - sequence.num_tokens
+        if self._blocks_for(sequence, num_more=num_more) > self._layout.num_blocks:
+            raise ValidationError(_too_large(sequence, self._layout))
         if at_front:
             self._waiting.appendleft(sequence)
         else:
@@ -139,11 +140,14 @@ class Scheduler:
         if not self.has_work:
             return None
         chunks: list[Chunk] = []
+        started: list[SequenceStart] = []
         num_preemptions = self.num_preemptions
         self._plan_decodes(chunks)
-        budget = self._plan_prefills(chunks, self._max_step_tokens - len(chunks))
+        num_decodes = len(chunks)
+        budget = self._plan_prefills(chunks, self._max_step_tokens - num_decodes)
         # A plan that had to take memory away does not hand any out.
-        started = self._admit(chunks, budget) if num_preemptions == self.num_preemptions else ()
+        if num_preemptions == self.num_preemptions:
+            started = self._admit(chunks, budget, has_prompts=len(chunks) > num_decodes)
         assert chunks, "there is work, but none of it can run"
         released, self._released = tuple(self._released), []
         self._step += 1
@@ -187,7 +191,8 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert every invariant; for tests and idle moments."""
-        self._blocks.check(sequence.blocks for sequence in self._running)
+        tables = ((sequence.blocks, sequence.encoder_blocks) for sequence in self._running)
+        self._blocks.check(chain.from_iterable(tables))
         assert len(self._running) + len(self._free_slots) == self._layout.num_slots
         assert {self._slots.index(sequence) for sequence in self._running}.isdisjoint(
             self._free_slots
@@ -197,9 +202,12 @@ class Scheduler:
             assert sequence.slot is not None and self._slots[sequence.slot] is sequence
             assert sequence.num_computed < sequence.num_tokens
             assert sequence.num_computed <= len(sequence.blocks) * self._layout.block_size
+            num_encoder_blocks = self._blocks.blocks_for(len(sequence.encoder_tokens))
+            assert len(sequence.encoder_blocks) == num_encoder_blocks
         for sequence in self._waiting:
             assert sequence.state is SequenceState.WAITING and sequence.slot is None
-            assert not sequence.blocks and not sequence.num_computed and not sequence.num_registered
+            assert not sequence.blocks and not sequence.encoder_blocks
+            assert not sequence.num_computed and not sequence.num_registered
 
     def _plan_decodes(self, chunks: list[Chunk]) -> None:
         block_size = self._layout.block_size
@@ -227,16 +235,21 @@ class Scheduler:
                 budget -= len(chunk.tokens)
         return budget
 
-    def _admit(self, chunks: list[Chunk], budget: int) -> list[SequenceStart]:
+    def _admit(self, chunks: list[Chunk], budget: int, *, has_prompts: bool) -> list[SequenceStart]:
         started = []
         while self._waiting and budget > 0 and self.num_running < self._max_running:
             sequence = self._waiting[0]
+            num_encoder_tokens = len(sequence.encoder_tokens)
+            if num_encoder_tokens >= budget and has_prompts:
+                break
             shared = self._cached_prefix(sequence)
             if not self._has_room_for(sequence, shared):
                 break
             self._waiting.popleft()
             self._place(sequence, shared)
             started.append(sequence.start())
+            has_prompts = True
+            budget = max(1, budget - num_encoder_tokens)
             chunk = self._prompt_chunk(sequence, budget, tuple(sequence.blocks))
             chunks.append(chunk)
             budget -= len(chunk.tokens)
@@ -253,9 +266,8 @@ class Scheduler:
 
     def _cached_prefix(self, sequence: Sequence) -> list[int]:
         """Known blocks at its beginning; one token at least is left, to have its logits."""
-        if (
-            not self._prefix_caching or sequence.wants_prompt_logprobs
-        ):  # those need the logits of all positions
+        # Log-probabilities of the prompt need the logits of all its positions.
+        if not self._is_shareable(sequence) or sequence.wants_prompt_logprobs:
             return []
         num_reusable = sequence.num_tokens - 1
         self._blocks.extend_hashes(sequence.block_hashes, sequence.tokens, num_reusable)
@@ -263,22 +275,39 @@ class Scheduler:
             sequence.block_hashes[: num_reusable // self._layout.block_size]
         )
 
+    def _is_shareable(self, sequence: Sequence) -> bool:
+        """Whether its blocks may be found by others.
+
+        A decoder's keys and values depend on the encoder's input, too, which no block's hash knows.
+        """
+        return self._prefix_caching and not sequence.encoder_tokens
+
+    def _blocks_for(self, sequence: Sequence, *, num_more: int = 0) -> int:
+        """How many blocks its tokens need, and `num_more` tokens after them."""
+        blocks_for = self._blocks.blocks_for
+        return blocks_for(sequence.num_tokens + num_more) + blocks_for(len(sequence.encoder_tokens))
+
     def _has_room_for(self, sequence: Sequence, shared: list[int]) -> bool:
         """Whether its blocks are free, and beyond them one for each running sequence to grow into.
 
         Without that margin an admission could cause a preemption a few steps later.
         """
         if not self._running:
-            return self._blocks.can_allocate(self._blocks.blocks_for(sequence.num_tokens), shared)
-        num_blocks = self._blocks.blocks_for(sequence.num_tokens + 1) + self.num_running
+            return self._blocks.can_allocate(self._blocks_for(sequence), shared)
+        num_blocks = self._blocks_for(sequence, num_more=1) + self.num_running
         return self._blocks.can_allocate(num_blocks, shared)
 
     def _place(self, sequence: Sequence, shared: list[int]) -> None:
         slot = self._free_slots.pop()
         self._slots[slot] = sequence
         self._running.append(sequence)
-        blocks = self._blocks.allocate(self._blocks.blocks_for(sequence.num_tokens), shared)
-        sequence.place(slot, blocks, num_cached=len(shared) * self._layout.block_size)
+        blocks_for = self._blocks.blocks_for
+        sequence.place(
+            slot,
+            self._blocks.allocate(blocks_for(sequence.num_tokens), shared),
+            num_cached=len(shared) * self._layout.block_size,
+            encoder_blocks=self._blocks.allocate(blocks_for(len(sequence.encoder_tokens))),
+        )
         sequence.num_registered = len(shared)
         if sequence.started_at is None:
             sequence.started_at = self._clock()
@@ -290,7 +319,7 @@ class Scheduler:
 
     def _register(self, sequence: Sequence) -> None:
         """Make the blocks that it has filled known to the prefix index."""
-        if not self._prefix_caching:
+        if not self._is_shareable(sequence):
             return
         self._blocks.extend_hashes(sequence.block_hashes, sequence.tokens, sequence.num_computed)
         num_full = sequence.num_computed // self._layout.block_size
@@ -307,7 +336,20 @@ class Scheduler:
     def _vacate(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
         self._blocks.free(sequence.blocks)
+        self._blocks.free(sequence.encoder_blocks)
         self._slots[sequence.slot] = None
         self._free_slots.append(sequence.slot)
         self._released.append(sequence.slot)
         sequence.vacate()
+
+
+def _too_large(sequence: Sequence, layout: KvCacheLayout) -> str:
+    """Why a sequence cannot be run on this worker, for its client."""
+    limit, rule = layout.num_tokens + 1, ""  # the last token is told, but needs no place
+    if sequence.encoder_tokens:
+        limit, rule = layout.num_tokens, f", each in whole blocks of {layout.block_size}"
+    return (
+        f"`inputs` tokens + `max_new_tokens`{rule} must be <= the KV cache of this worker: {limit}. "
+        f"Given: {len(sequence.request.prompt_tokens)} `inputs` tokens and "
+        f"{sequence.request.stopping.max_new_tokens} `max_new_tokens`"
+    )

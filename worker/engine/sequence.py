@@ -33,12 +33,19 @@ class Sequence:
     A request that another worker began is the same class with `output_tokens` already generated:
     its whole text so far is then prefilled as if it were prompt, and generation goes on with the
     next token.
+
+    In an encoder-decoder model the request's prompt goes to the encoder, and the decoder, whose
+    tokens these are, begins with a start token:
+
+        decoder only       tokens = prompt + output
+        encoder-decoder    tokens = start token + output        encoder_tokens = prompt
     """
 
     def __init__(
         self,
         request: GenerationRequest,
         *,
+        decoder_start_token: int | None = None,
         output_tokens: tuple[int, ...] = (),
         chain: bytes = b"",
         num_frames: int | None = None,
@@ -47,8 +54,9 @@ class Sequence:
         leased_at: float | None = None,
         waited_s: float = 0.0,
     ) -> None:
-        """`chain` and `num_frames` are the journal's; by default it has a frame for each token.
+        """`decoder_start_token` is that of an encoder-decoder model.
 
+        `chain` and `num_frames` are the journal's; by default it has a frame for each token.
         `leased_at` is by the monotonic clock (now, if None); `waited_s` is the time in the queue
         before that.
         """
@@ -56,13 +64,19 @@ class Sequence:
             "a sequence that goes on needs the chain hash of its last frame"
         )
         self.request = request
-        self.tokens = [*request.prompt_tokens, *output_tokens]
+        self.encoder_tokens: tuple[int, ...] = ()
+        self.prompt_tokens = request.prompt_tokens
+        if decoder_start_token is not None:
+            self.encoder_tokens = request.prompt_tokens
+            self.prompt_tokens = (decoder_start_token,)
+        self.tokens = [*self.prompt_tokens, *output_tokens]
         self.output_tokens = list(output_tokens)
 
         # Written by the scheduler.
         self.state = SequenceState.WAITING
         self.slot: int | None = None
         self.blocks: list[int] = []
+        self.encoder_blocks: list[int] = []  # what the decoder attends to of the encoder's tokens
         self.num_computed = 0  # tokens whose keys and values are in the pool
         self.block_hashes: list[
             bytes
@@ -91,6 +105,7 @@ class Sequence:
         request: GenerationRequest,
         frames: Iterable[Frame],
         *,
+        decoder_start_token: int | None = None,
         lease_token: str = "",
         leased_at: float | None = None,
         waited_s: float = 0.0,
@@ -103,6 +118,7 @@ class Sequence:
         tokens = [token for frame in frames for token in frame.tokens]
         return cls(
             request,
+            decoder_start_token=decoder_start_token,
             output_tokens=tuple(token.id for token in tokens),
             chain=frames[-1].chain if frames else b"",
             num_frames=len(frames),
@@ -118,7 +134,7 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output, the newest token included."""
+        """Prompt and output, the newest token included; of the decoder, where there are two."""
         return len(self.tokens)
 
     @property
@@ -128,13 +144,16 @@ class Sequence:
 
     @property
     def max_positions(self) -> int:
-        """Places in the KV cache that it can ever need: the last token is told, but never run."""
-        return len(self.request.prompt_tokens) + self.request.stopping.max_new_tokens - 1
+        """Places in the KV cache that its tokens can ever need: the last is told, but never run."""
+        return len(self.prompt_tokens) + self.request.stopping.max_new_tokens - 1
 
-    def place(self, slot: int, blocks: list[int], *, num_cached: int) -> None:
+    def place(
+        self, slot: int, blocks: list[int], *, num_cached: int, encoder_blocks: list[int]
+    ) -> None:
         """Let it run in a slot; the first `num_cached` tokens of its blocks are there already."""
         self.slot = slot
         self.blocks = blocks
+        self.encoder_blocks = encoder_blocks
         self.num_computed = num_cached
         self.state = SequenceState.PREFILLING
 
@@ -142,6 +161,7 @@ class Sequence:
         """Let it wait again, with nothing computed. Its tokens and its text stay."""
         self.slot = None
         self.blocks = []
+        self.encoder_blocks = []
         self.num_computed = self.num_registered = 0
         self.state = SequenceState.WAITING
 
@@ -150,11 +170,13 @@ class Sequence:
         assert self.slot is not None
         return SequenceStart(
             self.slot,
-            self.request.prompt_tokens,
+            self.prompt_tokens,
             tuple(self.output_tokens),
             self.request.sampling,
             min_new_tokens=self.request.stopping.min_new_tokens,
             prompt_logprobs=self.wants_prompt_logprobs,
+            encoder_tokens=self.encoder_tokens,
+            encoder_blocks=tuple(self.encoder_blocks),
         )
 
     def append(self, token: int) -> None:

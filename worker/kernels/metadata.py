@@ -27,9 +27,9 @@ class DecodeGroup:
     stop: int
     blocks: torch.Tensor  # [B * num_blocks] int64
     keep: slice
-    mask: (
-        torch.Tensor | None
-    )  # [B, 1, 1, len(keep)] additive, None if every token of `keep` is seen by all
+    # Additive, [B, 1, 1, len(keep)], or with a bias by head [B, kv_heads, heads / kv_heads, len(keep)];
+    # None if every token of `keep` is seen by all.
+    mask: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,9 @@ class PromptChunk:
         torch.Tensor | None
     )  # [num_blocks] int64; None: nothing precedes the chunk, its own keys are enough
     num_keys: int  # of the gathered tokens, the rest of the last block is not yet written
-    mask: (
-        torch.Tensor | None
-    )  # [n, num_keys] additive; None is causal, with as many keys as queries
+    # Additive, [n, num_keys], or with a bias by head [heads / kv_heads, kv_heads, n, num_keys];
+    # None is causal, with as many keys as queries.
+    mask: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,3 +66,21 @@ class AttentionMetadata:
         torch.Tensor | None
     )  # [n] int64: begun in this step and not filled by it, or None
     views: Mapping[int | None, AttentionView]  # by window; None is no window
+    cross: AttentionView | None = None  # of the encoder's keys; None: the model has no encoder
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderMetadata:
+    """Encoder inputs of a step, laid end to end; each attends to all of itself and to nothing else.
+
+    The keys and values that the decoder makes of them live in blocks of their own, beside those of
+    the decoder's tokens:
+
+        row      0 ........ 6 | 7 ...... 11          blocks of 4 tokens
+                   input A    |   input B
+        blocks    9 9 9 9 3 3 3 5 5 5 5 8            3 and 8 are entered: not filled to the end
+    """
+
+    bounds: tuple[tuple[int, int], ...]  # first row of each input, and the row after its last
+    cache_rows: torch.Tensor  # [T] int64: where the decoder's keys and values of each token go
+    entered_blocks: torch.Tensor | None  # [n] int64, or None

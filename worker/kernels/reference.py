@@ -14,8 +14,9 @@ def attend(
     positions: Sequence[int],
     scale: float,
     window: int | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(q kᵀ scale) v for tokens whose keys and values are already in the cache.
+    """softmax(q kᵀ scale + bias) v for tokens whose keys and values are already in the cache.
 
     Args:
         q: `[T, heads, d]`.
@@ -23,6 +24,7 @@ def attend(
         block_tables: the blocks of each token's sequence, in order.
         positions: of each token in its sequence; it sees positions up to its own.
         window: how many newest positions it sees, all if None.
+        slopes: `[heads]`, of ALiBi: the bias is slope * (key position - query position).
 
     Returns:
         `[T, heads * d]` in the type of `q`.
@@ -40,6 +42,10 @@ def attend(
         for head in range(num_heads):
             kv_head = head * kv_heads // num_heads
             keys, values = history[:, kv_head], history[:, kv_heads + kv_head]
-            weights = torch.softmax(keys @ q[token, head].double() * scale, dim=0)
+            scores = keys @ q[token, head].double() * scale
+            if slopes is not None:
+                distances = torch.arange(first - position, 1, device=q.device)
+                scores = scores + slopes[head].double() * distances
+            weights = torch.softmax(scores, dim=0)
             out[token, head] = weights @ values
     return out.flatten(1).to(q.dtype)

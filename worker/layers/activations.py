@@ -1,4 +1,4 @@
-"""Gated activations."""
+"""Activation functions by the names of Hugging Face, and gated ones."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,12 +6,21 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+
+# Several names are one function: they were written out in different ways, for speed or for older
+# versions of torch.
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "swish": F.silu,
     "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_python": F.gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_accurate": _gelu_tanh,
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
 }
 
 

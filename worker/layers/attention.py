@@ -3,10 +3,10 @@
 The cache of one layer, one row a token; keys and values of a token lie side by side, so that a step
 writes both with one copy and reads both with one gather:
 
-    rows [num_blocks, block_size, 2 * kv_heads, head_dim]     block 7:  | k0 k1 v0 v1 |   <- token 0 of the block
-                                                                        | k0 k1 v0 v1 |   <- token 1
-    keys   = rows[:, :, :kv_heads]                                        ...
-    values = rows[:, :, kv_heads:]     both [num_blocks, block_size, kv_heads, head_dim], without a copy
+    rows [num_blocks, block_size, 2 * kv_heads, d]     block 7:  | k0 k1 v0 v1 |  <- its token 0
+                                                                 | k0 k1 v0 v1 |  <- its token 1
+    keys   = rows[:, :, :kv_heads]                                     ...
+    values = rows[:, :, kv_heads:]     both [num_blocks, block_size, kv_heads, d], without a copy
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,12 @@ import torch
 from torch import nn
 
 from worker.kernels import sdpa
-from worker.kernels.metadata import AttentionMetadata
+from worker.kernels.metadata import AttentionMetadata, EncoderMetadata
 
 
 @dataclass(frozen=True, slots=True)
 class KvCache:
-    """Keys and values of every layer: `layers[i]` is `[num_blocks, block_size, 2 * kv_heads,
-    head_dim]`."""
+    """Keys and values: a layer's are `[num_blocks, block_size, 2 * kv_heads, head_dim]`."""
 
     layers: tuple[torch.Tensor, ...]
 
@@ -52,3 +51,25 @@ class PagedAttention(nn.Module):
         """
         rows = cache.layers[self.layer_index]
         return sdpa.paged_attention(q, kv, rows, metadata, scale=self.scale, window=self.window)
+
+
+class CrossAttention(nn.Module):
+    """softmax(q kᵀ scale) v of every token of a decoder over its sequence's whole encoder input.
+
+    The keys and values are stored once, when the encoder has run. They lie in the cache of the same
+    layer as the decoder's own, in other blocks: one pool, one allocator.
+    """
+
+    def __init__(self, layer_index: int, *, scale: float) -> None:
+        super().__init__()
+        self.layer_index = layer_index
+        self.scale = scale
+
+    def store(self, kv: torch.Tensor, cache: KvCache, metadata: EncoderMetadata) -> None:
+        """Store `kv`, `[T, 2 * kv_heads, d]`, of the encoder's tokens."""
+        sdpa.store(kv, cache.layers[self.layer_index], metadata)
+
+    def forward(self, q: torch.Tensor, cache: KvCache, metadata: AttentionMetadata) -> torch.Tensor:
+        """Queries `[T, heads, d]` to `[T, heads * d]`."""
+        rows = cache.layers[self.layer_index]
+        return sdpa.cross_attention(q, rows, metadata, scale=self.scale)

@@ -1,9 +1,11 @@
-"""Embedding and output head, divided among shards by rows of the vocabulary.
+"""Embedding and output head, divided among shards by rows of the vocabulary; learned positions.
 
-    vocabulary of 10, 4 shards:   shard 0: 0-2    shard 1: 3-5    shard 2: 6-8    shard 3: 9, and two rows of padding
+    10 tokens, 4 shards:   shard 0: 0-2    shard 1: 3-5    shard 2: 6-8    shard 3: 9, padding
 
 Shapes: T tokens, H hidden size, V vocabulary, R rows of one shard.
 """
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from torch import nn
 
 from worker.layers.build import Build
 from worker.layers.linear import Linear
-from worker.weights.pieces import Piece
+from worker.weights.pieces import Piece, whole
 
 
 class VocabularyEmbedding(nn.Module):
@@ -38,6 +40,7 @@ class VocabularyHead(Linear):
 
     def __init__(self, hidden_size: int, vocab_size: int, build: Build) -> None:
         num_rows, pieces = _vocabulary_rows(vocab_size, hidden_size, build)
+        build = replace(build, linear_backend=build.head_backend)
         super().__init__(hidden_size, num_rows, build)
         self.shard = build.shard
         self.vocab_size = vocab_size
@@ -45,6 +48,22 @@ class VocabularyHead(Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.shard.all_gather(self.product(x))[:, : self.vocab_size]
+
+
+class LearnedPositions(nn.Module):
+    """Positions `[T]` to vectors `[T, H]`, the same on every shard; so add them after the sum of
+    the token vectors. The table's first `offset` rows belong to no position (OPT)."""
+
+    def __init__(
+        self, num_positions: int, hidden_size: int, build: Build, *, offset: int = 0
+    ) -> None:
+        super().__init__()
+        self.offset = offset
+        self.weight = build.parameter(num_positions + offset, hidden_size)
+        self.pieces = {"weight": whole((num_positions + offset, hidden_size))}
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        return F.embedding(positions + self.offset if self.offset else positions, self.weight)
 
 
 def _vocabulary_rows(

@@ -4,8 +4,8 @@ With two shards, W = [A1; A2] by rows of outputs (column parallel), then B = [B1
 inputs (row parallel):
 
     x ──┬── x A1ᵀ = y1 ── y1 B1ᵀ ──┐
-        │    shard 0               + ── all_reduce ── z = x Wᵀ Bᵀ        one collective for the pair,
-        └── x A2ᵀ = y2 ── y2 B2ᵀ ──┘                                      none between the two layers
+        │    shard 0               + ── all_reduce ── z = x Wᵀ Bᵀ     one collective for the pair,
+        └── x A2ᵀ = y2 ── y2 B2ᵀ ──┘                                   none between the two layers
              shard 1
 
 A bias of the first is divided like its rows; a bias of the second is added on shard 0 only, before
@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from worker.layers.build import Build
-from worker.weights.pieces import Piece
+from worker.weights.pieces import Piece, whole
+from worker.weights.rows import RowMap, by_heads, row_pieces, side_by_side
 
 MatrixProduct = Callable[[torch.Tensor], torch.Tensor]
 """`[T, K] -> [T, N]`, with the weight inside."""
@@ -32,8 +33,8 @@ PACK_ROWS_HINT = 32
 
 
 def matrix_product(weight: torch.Tensor, bias: torch.Tensor | None) -> MatrixProduct:
-    """The fastest product that this device has for a weight `[N, K]` of this type. The one seam for
-    backends."""
+    """The fastest product that this device has for a weight `[N, K]` of this type: the backend
+    of what is not quantized."""
     if can_pack(weight):
         return _packed(weight, bias)
     return lambda x: F.linear(x, weight, bias)
@@ -42,8 +43,8 @@ def matrix_product(weight: torch.Tensor, bias: torch.Tensor | None) -> MatrixPro
 def can_pack(weight: torch.Tensor) -> bool:
     """Whether oneDNN has a prepacked product for this weight on this CPU.
 
-    Measured against `F.linear` with 1 to 32 rows on AVX-512 cores: 1.2 to 2.2 times as fast in
-    bfloat16, 1.2 to 2.1 times in float32. It is no slower with many rows.
+    Measured against `F.linear` with 1 to 32 rows on AVX-512 cores: 1.2 to 2.2 times as fast, in
+    bfloat16 and in float32.
     """
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
@@ -61,8 +62,7 @@ def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> MatrixProduct:
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ + b with local sizes; the base of the parallel linears and, alone, a linear that
-    every shard repeats."""
+    """y = x Wᵀ + b with local sizes; the base of all linears."""
 
     def __init__(
         self, num_inputs: int, num_outputs: int, build: Build, *, has_bias: bool = False
@@ -72,15 +72,28 @@ class Linear(nn.Module):
         self.bias = build.parameter(num_outputs) if has_bias else None
         self.pieces: dict[str, dict[str, Piece]] = {}
         self.product: MatrixProduct | None = None
+        self._backend = build.linear_backend or matrix_product
 
     def seal(self) -> None:
         """All weights have arrived: hand them to the backend, which may keep a packed copy instead
         of them."""
-        self.product = matrix_product(self.weight, self.bias)
+        self.product = self._backend(self.weight, self.bias)
         self.weight = self.bias = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.product(x)
+
+
+class ReplicatedLinear(Linear):
+    """One linear that every shard holds and computes whole."""
+
+    def __init__(
+        self, num_inputs: int, num_outputs: int, build: Build, *, has_bias: bool = False
+    ) -> None:
+        super().__init__(num_inputs, num_outputs, build, has_bias=has_bias)
+        self.pieces = {"weight": whole((num_outputs, num_inputs))}
+        if has_bias:
+            self.pieces["bias"] = whole((num_outputs,))
 
 
 class MergedColumnLinear(Linear):
@@ -88,7 +101,7 @@ class MergedColumnLinear(Linear):
     rows.
 
     `outputs` names the parts and their sizes in the whole model. The local result is their shares,
-    side by side.
+    side by side. `is_transposed`: the files have weights as [inputs, outputs], like GPT-2's Conv1D.
     """
 
     def __init__(
@@ -98,27 +111,37 @@ class MergedColumnLinear(Linear):
         build: Build,
         *,
         has_bias: bool = False,
+        is_transposed: bool = False,
     ) -> None:
         shares = [
             (name, size, build.shard.divide(size, f"the size of {name}")) for name, size in outputs
         ]
         super().__init__(num_inputs, sum(share for *_, share in shares), build, has_bias=has_bias)
-        rows = []
+        rows = {}
         offset = 0
         for name, size, share in shares:
             first = build.shard.rank * share
-            rows.append((name, size, slice(first, first + share), slice(offset, offset + share)))
+            rows[name] = RowMap(
+                size, ((slice(first, first + share), slice(offset, offset + share)),)
+            )
             offset += share
-        self.pieces = _row_pieces(rows, num_inputs, has_bias=has_bias)
+        self.pieces = row_pieces(rows, num_inputs, has_bias=has_bias, is_transposed=is_transposed)
 
 
 class ColumnLinear(MergedColumnLinear):
     """One linear whose outputs are divided among the shards."""
 
     def __init__(
-        self, num_inputs: int, num_outputs: int, build: Build, *, has_bias: bool = False
+        self,
+        num_inputs: int,
+        num_outputs: int,
+        build: Build,
+        *,
+        has_bias: bool = False,
+        is_transposed: bool = False,
     ) -> None:
-        super().__init__(num_inputs, [("", num_outputs)], build, has_bias=has_bias)
+        outputs = [("", num_outputs)]
+        super().__init__(num_inputs, outputs, build, has_bias=has_bias, is_transposed=is_transposed)
 
 
 class QkvLinear(Linear):
@@ -130,6 +153,11 @@ class QkvLinear(Linear):
         8 query heads, 2 key-value heads, 4 shards:    shard   0    1    2    3
                                                        q      01   23   45   67
                                                        k, v    0    0    1    1
+
+    Files have them apart or fused, so the layer offers more pieces than one file fills:
+
+        q, k, v   each alone                     kv     [k heads | v heads]
+        qkv       [q heads | k heads | v heads]  heads  [q k v of head 0 | q k v of head 1 | ...]
     """
 
     def __init__(
@@ -141,6 +169,7 @@ class QkvLinear(Linear):
         head_dim: int,
         build: Build,
         has_bias: bool = False,
+        is_transposed: bool = False,
     ) -> None:
         shard = build.shard
         self_heads = shard.divide(num_heads, "the number of attention heads")
@@ -153,14 +182,18 @@ class QkvLinear(Linear):
             ("k", num_kv_heads, kv_heads, first_kv_head),
             ("v", num_kv_heads, kv_heads, first_kv_head),
         )
-        rows = []
+        rows = {}
         offset = 0
         for name, total, share, first in parts:
             source = slice(first * head_dim, (first + share) * head_dim)
             target = slice(offset, offset + share * head_dim)
-            rows.append((name, total * head_dim, source, target))
+            rows[name] = RowMap(total * head_dim, ((source, target),))
             offset = target.stop
-        self.pieces = _row_pieces(rows, num_inputs, has_bias=has_bias)
+        rows["kv"] = side_by_side(rows["k"], rows["v"])
+        rows["qkv"] = side_by_side(rows["q"], rows["kv"])
+        if num_heads == num_kv_heads:
+            rows["heads"] = by_heads(rows["q"], rows["k"], rows["v"], head_dim)
+        self.pieces = row_pieces(rows, num_inputs, has_bias=has_bias, is_transposed=is_transposed)
 
 
 def local_kv_heads(num_kv_heads: int, build: Build) -> tuple[int, int]:
@@ -171,29 +204,11 @@ def local_kv_heads(num_kv_heads: int, build: Build) -> tuple[int, int]:
         return share, shard.rank * share
     if shard.size % num_kv_heads:
         raise ValueError(
-            "the number of shards must be a multiple of the number of key-value heads, or a divisor of it. "
+            "the number of shards must be a multiple of the number of key-value heads, "
+            "or a divisor of it. "
             f"Given: {shard.size} and {num_kv_heads}"
         )
     return 1, shard.rank // (shard.size // num_kv_heads)
-
-
-def _row_pieces(
-    rows: Sequence[tuple[str, int, slice, slice]], num_inputs: int, *, has_bias: bool
-) -> dict[str, dict[str, Piece]]:
-    """Pieces of a weight (and bias) divided by rows, from (name, rows in the file, rows of this
-    shard, rows here)."""
-    every = slice(0, num_inputs)
-    pieces = {
-        "weight": {
-            name: Piece((size, num_inputs), (source, every), (target, every))
-            for name, size, source, target in rows
-        }
-    }
-    if has_bias:
-        pieces["bias"] = {
-            name: Piece((size,), (source,), (target,)) for name, size, source, target in rows
-        }
-    return pieces
 
 
 class RowLinear(Linear):
@@ -201,7 +216,13 @@ class RowLinear(Linear):
     every shard."""
 
     def __init__(
-        self, num_inputs: int, num_outputs: int, build: Build, *, has_bias: bool = False
+        self,
+        num_inputs: int,
+        num_outputs: int,
+        build: Build,
+        *,
+        has_bias: bool = False,
+        is_transposed: bool = False,
     ) -> None:
         self.shard = build.shard
         is_biased_here = has_bias and self.shard.rank == 0
@@ -209,8 +230,11 @@ class RowLinear(Linear):
         super().__init__(share, num_outputs, build, has_bias=is_biased_here)
         rows = slice(0, num_outputs)
         columns = slice(self.shard.rank * share, (self.shard.rank + 1) * share)
+        here = (rows, slice(0, share))
         self.pieces["weight"] = {
-            "": Piece((num_outputs, num_inputs), (rows, columns), (rows, slice(0, share)))
+            "": Piece((num_inputs, num_outputs), (columns, rows), here, is_transposed=True)
+            if is_transposed
+            else Piece((num_outputs, num_inputs), (rows, columns), here)
         }
         if has_bias:
             self.pieces["bias"] = {
@@ -218,4 +242,8 @@ class RowLinear(Linear):
             }
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.shard.all_reduce(self.product(x))
+        return self.shard.all_reduce(self.partial(x))
+
+    def partial(self, x: torch.Tensor) -> torch.Tensor:
+        """This shard's summand. Who adds several of them before the `all_reduce` saves the others."""
+        return self.product(x)

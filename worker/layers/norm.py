@@ -1,4 +1,5 @@
-"""RMSNorm (Zhang and Sennrich 2019), with the roundings of the reference implementations."""
+"""RMSNorm (Zhang and Sennrich 2019) and LayerNorm (Ba et al. 2016), with the roundings of the
+reference implementations."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ class RmsNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) * weight over the last dimension.
 
     As in the models' training code the quotient is computed in float32 and rounded before it meets
-    the weight.
+    the weight. The result has the weight's type, which may be shorter than that of `x`.
     """
 
     def __init__(self, size: int, eps: float, build: Build) -> None:
@@ -22,8 +23,25 @@ class RmsNorm(nn.Module):
         self.pieces = {"weight": whole((size,))}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return (
-            F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype).mul_(self.weight)
-        )
+        shape, dtype = self.weight.shape, self.weight.dtype
+        if dtype == torch.float32:
+            return F.rms_norm(x, shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), shape, None, self.eps).to(dtype).mul_(self.weight)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension.
+
+    `has_weights` is false for a few OPT models, which normalise and no more.
+    """
+
+    def __init__(self, size: int, eps: float, build: Build, *, has_weights: bool = True) -> None:
+        super().__init__()
+        self.size = (size,)
+        self.weight = build.parameter(size) if has_weights else None
+        self.bias = build.parameter(size) if has_weights else None
+        self.eps = eps
+        self.pieces = {"weight": whole((size,)), "bias": whole((size,))} if has_weights else {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, self.size, self.weight, self.bias, self.eps)

@@ -93,13 +93,16 @@ def _llama_family(hf: Mapping[str, Any]) -> ModelConfig:
     architecture = (hf.get("architectures") or [""])[0]
     if architecture not in _FAMILIES:
         raise ConfigError(
-            f"architecture {architecture!r} is unknown to ModelConfig; known: {', '.join(_FAMILIES)}"
+            f"architecture {architecture!r} is unknown to ModelConfig; "
+            f"known: {', '.join(_FAMILIES)}"
         )
     family = _FAMILIES[architecture]
     has_bias = bool(hf.get("attention_bias", False))
     num_heads = hf["num_attention_heads"]
     max_positions = hf.get("max_position_embeddings") or family.max_positions
-    rope = _rope(hf, max_positions)
+    rope = rope_config(hf, max_positions)
+    if (partial := partial_rotary_factor(hf, 1.0)) != 1:
+        raise ConfigError(f"partial_rotary_factor must be 1 in this family. Given: {partial}")
     return ModelConfig(
         architecture=architecture,
         vocab_size=hf["vocab_size"],
@@ -120,7 +123,7 @@ def _llama_family(hf: Mapping[str, Any]) -> ModelConfig:
         has_mlp_bias=bool(hf.get("mlp_bias", False)),
         has_qk_norm=family.has_qk_norm,
         is_head_tied=bool(hf.get("tie_word_embeddings", False)),
-        dtype=str(hf.get("dtype") or hf.get("torch_dtype") or ""),
+        dtype=file_dtype(hf),
         eos_tokens=token_list(hf.get("eos_token_id")),
     )
 
@@ -142,13 +145,18 @@ def _windows(hf: Mapping[str, Any], family: _Defaults) -> tuple[int | None, ...]
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _rope(hf: Mapping[str, Any], max_positions: int) -> RopeConfig:
+def partial_rotary_factor(hf: Mapping[str, Any], default: float) -> float:
+    """Which share of a head's features turns."""
+    values = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    return float(values.get("partial_rotary_factor", hf.get("partial_rotary_factor", default)))
+
+
+def rope_config(hf: Mapping[str, Any], max_positions: int) -> RopeConfig:
+    """How the positions of any family with a rope turn its heads. Raises ConfigError."""
     values = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     kind = values.get("rope_type") or values.get("type") or "default"
     if kind not in ROPE_KINDS:
         raise ConfigError(f"rope type must be one of {', '.join(ROPE_KINDS)}. Given: {kind!r}")
-    if (partial := values.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))) != 1:
-        raise ConfigError(f"partial_rotary_factor must be 1 in this family. Given: {partial}")
     original = values.get("original_max_position_embeddings") or max_positions
     if kind == "dynamic":  # this rule counts from the config's own length, as transformers does
         original = max_positions
@@ -169,6 +177,29 @@ def _rope(hf: Mapping[str, Any], max_positions: int) -> RopeConfig:
         mscale_all_dim=values.get("mscale_all_dim"),
         has_rounded_range=values.get("truncate", True),
     )
+
+
+def required(hf: Mapping[str, Any], *names: str) -> Any:
+    """The value under the first of `names` that config.json has. Raises ConfigError."""
+    for name in names:
+        if hf.get(name) is not None:
+            return hf[name]
+    raise ConfigError(f"config.json has no {names[0]!r}, which this architecture needs")
+
+
+def head_size(hidden_size: int, num_heads: int) -> int:
+    """Features of a head. Raises ConfigError unless the heads divide the hidden size."""
+    if hidden_size % num_heads:
+        raise ConfigError(
+            "the hidden size must be divisible by the number of attention heads. "
+            f"Given: {hidden_size} and {num_heads}"
+        )
+    return hidden_size // num_heads
+
+
+def file_dtype(hf: Mapping[str, Any]) -> str:
+    """The number format of the files, as the config names it; empty if it does not."""
+    return str(hf.get("dtype") or hf.get("torch_dtype") or "")
 
 
 def token_list(value: int | list[int] | None) -> tuple[int, ...]:

@@ -1,9 +1,14 @@
 """From logits to tokens. Knows tensors and sampling values; neither models, text nor Redis.
 
-noise.py       random numbers as a function of (seed, position, token), without any state
-processors.py  one batched function a rule, in the order in which the rules apply
-history.py     which tokens a sequence has seen, kept for its penalties only
-entries.py     single entries of the logits, collected for one rule
-top_tokens.py  the likeliest tokens of a row, ties included
-sampler.py     greedy and seeded choice for a batch, with log-probabilities
+noise.py        random numbers as a function of (seed, position, token), without any state
+processors.py   one batched function a rule, in the order in which the rules apply
+state.py        what is kept of the sequence in a slot
+history.py      which tokens a sequence has seen, kept for its penalties only
+watermark.py    which tokens a watermark favours
+grammar.py      structured output: which tokens may come next, worked out in other threads
+token_bytes.py  a SentencePiece tokenizer as the grammar library reads it
+entries.py      single entries of the logits, collected for one rule
+adjust.py       the rules that change single logits, for the rows that ask for them
+top_tokens.py   the likeliest tokens of a row, ties included
+sampler.py      greedy and seeded choice for a batch, with log-probabilities
 """

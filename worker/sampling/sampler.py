@@ -23,27 +23,14 @@ from torch import Tensor
 from common.messages import Sampling
 from worker.engine.plan import NO_TOKEN, Sampled, SequenceStart
 from worker.sampling import processors
-from worker.sampling.entries import Entries
-from worker.sampling.history import TokenHistory
+from worker.sampling.adjust import adjust_
+from worker.sampling.grammar import Grammars
 from worker.sampling.noise import exponential_noise, row_keys, token_table
+from worker.sampling.state import SlotState
 from worker.sampling.top_tokens import top_tokens
+from worker.sampling.watermark import Watermark
 
 _CANDIDATES = (256, 4096)  # sizes that are tried before the whole vocabulary
-
-
-@dataclass(slots=True)
-class _Slot:
-    """What the sampler keeps of the sequence in a slot."""
-
-    sampling: Sampling
-    num_prompt_tokens: int
-    min_new_tokens: int
-    history: TokenHistory | None  # None: no penalty asks for it
-
-    @property
-    def is_filtered(self) -> bool:
-        rules = self.sampling
-        return rules.top_k > 0 or rules.top_p < 1 or rules.typical_p < 1 or rules.min_p > 0
 
 
 @dataclass(slots=True)
@@ -61,8 +48,9 @@ class _Choice:
 class Sampler:
     """Holds the sampling state of every slot. One engine thread uses it.
 
-    A row whose logits are broken (a NaN, +inf, or no token left that may be chosen) yields
-    `NO_TOKEN` with a NaN log-probability: only its own request fails, the other rows are untouched.
+    A row whose logits are broken (a NaN, +inf, or no token left that may be chosen) or whose
+    grammar cannot be followed yields `NO_TOKEN` with a NaN log-probability: only its own request
+    fails, the other rows are untouched.
     """
 
     def __init__(
@@ -72,22 +60,26 @@ class Sampler:
         *,
         eos_tokens: tuple[int, ...],
         device: torch.device | str,
+        grammars: Grammars | None = None,
+        watermark: Watermark | None = None,
     ) -> None:
+        """Without `grammars` no request may have one."""
         self._device = torch.device(device)
-        self._slots: list[_Slot | None] = [None] * num_slots
+        self._slots: list[SlotState | None] = [None] * num_slots
         self._eos_tokens = torch.tensor(eos_tokens, dtype=torch.int64)
         self._table = token_table(vocab_size, self._device)
+        self._grammars = grammars
+        self._watermark = watermark or Watermark(vocab_size)
 
     def start(self, start: SequenceStart) -> None:
-        """A sequence takes a slot; what it generated before counts for its penalties."""
-        rules = start.sampling
-        has_penalty = (
-            rules.repetition_penalty != 1 or rules.frequency_penalty or rules.presence_penalty
-        )
-        history = TokenHistory(start.prompt_tokens, start.output_tokens) if has_penalty else None
-        self._slots[start.slot] = _Slot(
-            rules, len(start.prompt_tokens), start.min_new_tokens, history
-        )
+        """A sequence takes a slot; what it generated before counts for its penalties and its
+        grammar."""
+        grammar = start.sampling.grammar
+        matcher = None
+        if grammar is not None:
+            assert self._grammars is not None, "a sampler that follows no grammars"
+            matcher = self._grammars.start(grammar, start.output_tokens)
+        self._slots[start.slot] = SlotState.of(start, matcher)
 
     def release(self, slot: int) -> None:
         """The sequence in this slot ended or was preempted."""
@@ -104,50 +96,25 @@ class Sampler:
         """
         states = [self._state(slot) for slot in slots]
         logits = logits.float()
-        self._apply_entry_rules(logits, states, positions)
+        failures = adjust_(
+            logits, states, positions, eos_tokens=self._eos_tokens, watermark=self._watermark
+        )
         results: list[Sampled | None] = [None] * len(states)
+        for row, failure in failures.items():
+            results[row] = Sampled(slots[row], NO_TOKEN, math.nan, failure=failure)
         for choice in self._choose(logits, states, positions):
             self._report(choice, states, slots, results)
         return [result for result in results if result is not None]
 
-    def _state(self, slot: int) -> _Slot:
+    def _state(self, slot: int) -> SlotState:
         state = self._slots[slot]
         assert state is not None, f"slot {slot} is empty"
         return state
 
-    def _apply_entry_rules(
-        self, logits: Tensor, states: list[_Slot], positions: Sequence[int]
-    ) -> None:
-        """Rules 1 to 4, for the rows that ask for them."""
-        biased, repeated, counted, masked = (Entries() for _ in range(4))
-        for row, (state, position) in enumerate(zip(states, positions, strict=True)):
-            rules, history = state.sampling, state.history
-            if rules.logit_bias:
-                tokens, bias = zip(*dict(rules.logit_bias).items(), strict=True)
-                biased.add(row, torch.tensor(tokens), torch.tensor(bias, dtype=torch.float32))
-            if history is not None and rules.repetition_penalty != 1:
-                repeated.add(row, history.tokens, rules.repetition_penalty)
-            if history is not None and (rules.frequency_penalty or rules.presence_penalty):
-                penalties = float(rules.frequency_penalty), float(rules.presence_penalty)
-                counted.add(row, history.tokens, history.counts, *penalties)
-            if position - state.num_prompt_tokens < state.min_new_tokens:
-                masked.add(row, self._eos_tokens)
-        if biased.rows:
-            processors.add_logit_bias_(logits, *biased.tensors(self._device))
-        if repeated.rows:
-            processors.penalize_repetition_(logits, *repeated.tensors(self._device))
-        if counted.rows:
-            *entries, frequency, presence = counted.tensors(self._device)
-            processors.penalize_frequency_and_presence_(
-                logits, *entries, frequency=frequency, presence=presence
-            )
-        if masked.rows:
-            processors.mask_tokens_(logits, *masked.tensors(self._device))
-
     def _choose(
-        self, logits: Tensor, states: list[_Slot], positions: Sequence[int]
+        self, logits: Tensor, states: list[SlotState], positions: Sequence[int]
     ) -> list[_Choice]:
-        """Rules 5 to 9 and the choice, for each kind of row."""
+        """Rules 7 to 11 and the choice, for each kind of row."""
         greedy = [row for row, state in enumerate(states) if not state.sampling.do_sample]
         choices = []
         if greedy:
@@ -174,7 +141,7 @@ class Sampler:
         return [rows[first : first + size] for first in range(0, len(rows), size)]
 
     def _prepare(
-        self, logits: Tensor, rows: list[int], states: list[_Slot], positions: Sequence[int]
+        self, logits: Tensor, rows: list[int], states: list[SlotState], positions: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """Logits after the temperature, and noise keys, of some rows."""
         temperatures = self._floats([states[row].sampling.temperature for row in rows])
@@ -210,7 +177,7 @@ class Sampler:
     def _shorten(
         self, values: Tensor, log_total: Tensor, rules: list[Sampling]
     ) -> tuple[Tensor, Tensor]:
-        """Rules 6 to 9 on descending rows `[rows, n]`.
+        """Rules 8 to 11 on descending rows `[rows, n]`.
 
         Also which rows `[rows]` would not change with a larger n.
 
@@ -238,7 +205,7 @@ class Sampler:
     def _report(
         self,
         choice: _Choice,
-        states: list[_Slot],
+        states: list[SlotState],
         slots: Sequence[int],
         results: list[Sampled | None],
     ) -> None:
@@ -249,13 +216,13 @@ class Sampler:
             choice.rows, choice.tokens.tolist(), choice.logprobs.tolist(), tops, strict=True
         )
         for row, token, logprob, top in chosen:
+            if results[row] is not None:
+                continue
             if not math.isfinite(logprob):
                 results[row] = Sampled(slots[row], NO_TOKEN, math.nan)
                 continue
             results[row] = Sampled(slots[row], token, logprob, top)
-            history = states[row].history
-            if history is not None:
-                history.record(token)
+            states[row].record(token)
 
     def _index(self, rows: list[int]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64, device=self._device)

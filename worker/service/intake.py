@@ -17,6 +17,7 @@ from worker.service.publisher import Publisher
 logger = logging.getLogger(__name__)
 
 _PAUSE_S = 0.2
+_LOOK_BACK_S = 1.0  # how often to look for entries whose delivery we never heard of
 
 
 class Intake:
@@ -29,15 +30,20 @@ class Intake:
         scheduler: Scheduler,
         processor: OutputProcessor,
         publisher: Publisher,
+        *,
+        decoder_start_token: int | None = None,
     ) -> None:
         self._queue = queue
         self._worker_id = worker_id
         self._scheduler = scheduler
         self._processor = processor
         self._publisher = publisher
+        self._decoder_start_token = decoder_start_token
         self._is_closed = False
         self._has_room = asyncio.Event()
         self._has_work = asyncio.Event()
+        self._has_group = True
+        self._look_back_at_s = 0.0
         self.num_leases = 0
 
     async def run(self) -> None:
@@ -47,6 +53,9 @@ class Intake:
                 self._has_room.clear()
                 await self._has_room.wait()
             try:
+                if not self._has_group:  # the broker was wiped
+                    await self._queue.create_group()
+                    self._has_group = True
                 await self._fetch(self._scheduler.room)
             except (*TRANSIENT, Unavailable) as error:
                 logger.warning(
@@ -54,9 +63,9 @@ class Intake:
                 )
                 await asyncio.sleep(_PAUSE_S)
             except RedisError as error:
-                if not str(error).startswith("NOGROUP"):
+                if "NOGROUP" not in str(error):
                     raise
-                await self._queue.create_group()  # the broker was wiped
+                self._has_group = False
 
     async def wait_for_work(self) -> None:
         """Return when the scheduler has something to do, or when `close` was called."""
@@ -85,6 +94,7 @@ class Intake:
         sequence = Sequence.from_journal(
             lease.request,
             lease.frames,
+            decoder_start_token=self._decoder_start_token,
             lease_token=lease.token,
             leased_at=time.monotonic(),
             waited_s=lease.waited_s,
@@ -99,8 +109,20 @@ class Intake:
             self._publisher.fail(sequence, error)
         self._has_work.set()
 
+    async def _look_back(self) -> None:
+        """Lease what was delivered to us in a reply that was lost: while we live, nobody else may have it.
+
+        Only between fetches, when no delivery is on its way from a reply to a lease.
+        """
+        now = asyncio.get_running_loop().time()
+        if now >= self._look_back_at_s:
+            self._look_back_at_s = now + _LOOK_BACK_S
+            known = self._publisher.entries
+            await self.lease(await self._queue.delivered(self._worker_id, known=known))
+
     async def _fetch(self, room: int) -> None:
         """Wait for an entry, and begin with it before looking for more: that is a first token's shortest way."""
+        await self._look_back()
         entries = await self._queue.wait(self._worker_id)
         await self.lease(entries)
         if entries and room > len(entries):

@@ -75,18 +75,24 @@ class Heartbeat:
 
 
 class Reaper:
-    """Puts back what workers without a heartbeat hold. Every worker runs one; doing it twice is harmless."""
+    """Puts back what workers without a heartbeat hold. Every worker runs one; doing it twice is harmless.
+
+    After a restart of the broker it waits for one lease: until then heartbeats may be missing of workers that live,
+    and gateways give back the frames that the broker lost.
+    """
 
     def __init__(self, queue: RequestQueue, *, lease_s: float) -> None:
         self._queue = queue
         self._lease_s = lease_s
+        self._broker_run = ""
+        self._begin_at_s = 0.0
 
     async def run(self) -> None:
         """Reap about twice a lease until cancelled."""
         while True:
             await asyncio.sleep(self._lease_s * random.uniform(0.2, 0.5))
             try:
-                num_revoked = await self._queue.revoke_abandoned(lease_s=self._lease_s)
+                num_revoked = await self.reap()
             except (*TRANSIENT, RedisError, Unavailable) as error:
                 logger.warning("could not look for abandoned requests", extra={"error": str(error)})
                 continue
@@ -94,3 +100,13 @@ class Reaper:
                 logger.warning(
                     "took over requests of a dead worker", extra={"requests": num_revoked}
                 )
+
+    async def reap(self) -> int:
+        """Look once; the number of requests put back."""
+        now, run = asyncio.get_running_loop().time(), await self._queue.broker_run()
+        if run != self._broker_run:
+            self._begin_at_s = now + self._lease_s if self._broker_run else now
+            self._broker_run = run
+        if now < self._begin_at_s:
+            return 0
+        return await self._queue.revoke_abandoned(lease_s=self._lease_s)

@@ -57,13 +57,13 @@ class OutputProcessor:
         Raises GenerationFailed if the replay does not give the text that clients have already seen.
         """
         request = sequence.request
-        prompt = request.prompt_tokens if self._continues_prompt else ()
+        prompt = sequence.prompt_tokens if self._continues_prompt else ()
         sequence.detokenizer = Detokenizer(self._tokenizer, prompt, pieces=self._pieces)
         sequence.stop_matcher = StopMatcher(
             request.stopping.stop, include_stop=request.stopping.include_stop
         )
         if sequence.wants_prompt_logprobs:
-            sequence.prompt_logprobs = [None] * len(request.prompt_tokens)
+            sequence.prompt_logprobs = [None] * len(sequence.prompt_tokens)
         replayed = "".join(self._next_text(sequence, token)[0] for token in sequence.output_tokens)
         if sequence.journaled_text not in (None, replayed):
             raise GenerationFailed(
@@ -95,7 +95,7 @@ class OutputProcessor:
 
     def _output(self, sequence: Sequence, sampled: Sampled, now: float) -> Output:
         if sampled.token == NO_TOKEN:
-            return _failed(sequence)
+            return _failed(sequence, sampled.failure)
         if sequence.first_token_at is None:
             sequence.first_token_at = now
         text, is_stopped = self._next_text(sequence, sampled.token)
@@ -136,7 +136,7 @@ class OutputProcessor:
         return Token(sampled.token, text, sampled.logprob, False, top)
 
     def _prompt_rows(self, sequence: Sequence) -> tuple[TopToken, ...]:
-        rows = zip(sequence.request.prompt_tokens, sequence.prompt_logprobs, strict=True)
+        rows = zip(sequence.prompt_tokens, sequence.prompt_logprobs, strict=True)
         prompt = tuple(self._top_token(token, logprob) for token, logprob in rows)
         assert all(row.logprob is not None for row in prompt[1:]), (
             "the engine left out prompt log-probabilities"
@@ -160,14 +160,16 @@ def _flush(sequence: Sequence) -> tuple[str, bool]:
     return (text, True) if is_stopped else (text + sequence.stop_matcher.flush(), False)
 
 
-def _failed(sequence: Sequence) -> Output:
-    message = (
-        f"The model's output for token {len(sequence.output_tokens) + 1} is not a number. "
-        "A number format with more range (`--dtype bfloat16` or `float32`) may help"
-    )
+def _failed(sequence: Sequence, failure: Failure | None) -> Output:
+    if failure is None:
+        message = (
+            f"The model's output for token {len(sequence.output_tokens) + 1} is not a number. "
+            "A number format with more range (`--dtype bfloat16` or `float32`) may help"
+        )
+        failure = Failure(GenerationFailed.kind, message)
     sequence.chain = next_chain(sequence.chain, ())
     sequence.num_frames += 1
-    frame = Frame(chain=sequence.chain, failure=Failure(GenerationFailed.kind, message))
+    frame = Frame(chain=sequence.chain, failure=failure)
     return Output(sequence, NO_TOKEN, frame, sequence.num_frames - 1)
 
 

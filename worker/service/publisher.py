@@ -19,6 +19,7 @@ from worker.service.output import Output
 logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 5.0
+_RELEASE_S = 1.0  # for the frames that are under way when a worker stops
 
 
 @dataclass(slots=True)
@@ -63,6 +64,11 @@ class Publisher:
     def num_live(self) -> int:
         return len(self._streams)
 
+    @property
+    def entries(self) -> set[tuple[str, str]]:
+        """Queue and entry of every live request."""
+        return {(stream.lease.queue, stream.lease.entry) for stream in self._streams.values()}
+
     def open(self, sequence: Sequence, lease: Lease) -> None:
         """Begin to publish a leased request."""
         frames = list(lease.frames)
@@ -105,16 +111,23 @@ class Publisher:
             self._lost.append(sequence)
 
     async def release_all(self) -> int:
-        """Hand every live request back to the queue; the number that another worker can go on with."""
-        await self.flush()
+        """Hand every live request back to the queue; the number that another worker can go on with.
+
+        A broker that does not answer in time will see the lease end instead.
+        """
+        if self._sending is not None:  # whatever of it arrives later is refused: the lease is over
+            await asyncio.wait([self._sending], timeout=_RELEASE_S)
+            self._sending.cancel()
         streams, self._streams = list(self._streams.values()), {}
-        released = [
-            await self._queue.release(
-                stream.lease.token, stream.lease.queue, stream.lease.request.id
-            )
-            for stream in streams
-        ]
-        return sum(released)
+        return sum(await asyncio.gather(*map(self._release, streams)))
+
+    async def _release(self, stream: _Stream) -> bool:
+        lease = stream.lease
+        try:
+            return await self._queue.release(lease.token, lease.queue, lease.request.id)
+        except Unavailable as error:
+            logger.warning("a request was not handed back: %s", error)
+            return False
 
     def _expire(self) -> None:
         now = self._clock()

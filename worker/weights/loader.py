@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from worker.weights.pieces import Piece, WeightNames
+from worker.weights.pieces import JoinedPiece, Piece, WeightNames
 
 
 class WeightError(ValueError):
@@ -59,6 +59,7 @@ class _Filling:
             self._open.setdefault(layer, set()).add((parameter, piece))
 
     def add(self, name: str, tensor: Any) -> None:
+        name = self._names.renamed.get(name, name)
         if name not in self._names.table and self._names.prefix + name in self._names.table:
             name = self._names.prefix + name
         target = self._names.table.get(name)
@@ -67,17 +68,22 @@ class _Filling:
                 self._problems.append(f"unexpected: {name}")
             return
         if name in self._arrived:
-            self._problems.append(f"stored twice: {name}")
+            if name not in self._names.renamed.values():
+                self._problems.append(f"stored twice: {name}")
             return
         self._arrived.add(name)
         layer, parameter, piece_name = _split(target)
-        piece: Piece = self._model.get_submodule(layer).pieces[parameter][piece_name]
+        piece: Piece | JoinedPiece = self._model.get_submodule(layer).pieces[parameter][piece_name]
         shape = tuple(tensor.get_shape())
         if shape != piece.shape:
             self._problems.append(f"wrong shape: {name} is {shape}, the model needs {piece.shape}")
             return
-        if piece.source is not None:
-            self._parameter(layer, parameter)[piece.target] = tensor[piece.source]
+        for part in piece.parts:
+            if part.source is not None:
+                values = tensor[part.source]
+                self._parameter(layer, parameter)[part.target] = (
+                    values.T if part.is_transposed else values
+                )
         self._close(layer, parameter, piece_name)
 
     def finish(self) -> None:

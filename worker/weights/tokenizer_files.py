@@ -15,6 +15,8 @@ class TokenizerFiles:
     bos_token: str
     eos_token: str
     chat_template: str
+    prompt_style: str = ""  # the rest is for `worker/models/text_style.py` to say
+    keeps_special_tokens: bool = False
 
 
 def read_tokenizer_files(folder: ModelFolder) -> TokenizerFiles:

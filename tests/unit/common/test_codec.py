@@ -12,6 +12,8 @@ from common.messages import (
     FinishReason,
     Frame,
     GenerationRequest,
+    Grammar,
+    GrammarKind,
     ModelCard,
     Sampling,
     Stopping,
@@ -49,6 +51,8 @@ requests = st.builds(
         temperature=st.floats(0.1, 10),
         seed=st.integers(0, 2**64 - 1),
         logit_bias=st.lists(st.tuples(ids, st.floats(-100, 100))).map(tuple),
+        watermark=st.booleans(),
+        grammar=st.none() | st.builds(Grammar, st.sampled_from(GrammarKind), texts),
     ),
     stopping=st.builds(Stopping, ids, stop=st.lists(texts).map(tuple)),
 )

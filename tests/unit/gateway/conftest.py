@@ -23,14 +23,17 @@ from common.messages import (
 from common.request_queue import QueueDepth
 from common.worker_registry import WorkerStatus
 from gateway.admission import Admission
+from gateway.broker_health import BrokerHealth
 from gateway.app import create_app
 from gateway.exposition import SharedMetrics
 from gateway.generation import Generator
 from gateway.metrics import GatewayMetrics
 from gateway.model_directory import ModelDirectory
+from gateway.request_finder import RequestFinder
 from gateway.services import Services
 from gateway.settings import GatewaySettings
 from gateway.tokenization import TokenizerCache
+from gateway.watching import Watches
 
 
 def byte_tokenizer() -> bytes:
@@ -125,6 +128,12 @@ class FakeFleet:
             raise self.cancel_error
         return True
 
+    async def find(self, request_id: str) -> GenerationRequest | None:
+        return next((known for known in self.requests if known.id == request_id), None)
+
+    async def unwatch(self, request_id: str, watcher: str) -> int:
+        return 0
+
     async def depth(self) -> QueueDepth:
         return QueueDepth(waiting=3, running=1)
 
@@ -133,7 +142,9 @@ class FakeFleet:
             self._journals[request_id].put_nowait(item)
 
     @asynccontextmanager
-    async def open(self, request_id: str, *, after: int = -1) -> AsyncIterator["FakeReader"]:
+    async def open(
+        self, request_id: str, *, expects=None, restore=None
+    ) -> AsyncIterator["FakeReader"]:
         self._journals[request_id] = asyncio.Queue()
         yield FakeReader(self._journals[request_id])
         del self._journals[request_id]
@@ -185,6 +196,8 @@ async def make_client(fleet: FakeFleet) -> AsyncIterator[MakeClient]:
             generator = Generator(
                 open_queue=lambda model: fleet,
                 open_journal=lambda model: fleet,
+                open_store=lambda model: fleet,
+                watches=Watches(lambda model: fleet),
                 metrics=metrics,
                 max_waiting=settings.max_waiting_requests,
             )
@@ -192,6 +205,8 @@ async def make_client(fleet: FakeFleet) -> AsyncIterator[MakeClient]:
                 settings=settings,
                 directory=directory,
                 generator=generator,
+                finder=RequestFinder(directory, lambda model: fleet),
+                broker=BrokerHealth(None),
                 admission=Admission(max_requests=settings.max_concurrent_requests),
                 metrics=metrics,
                 shared_metrics=SharedMetrics(metrics.registry),

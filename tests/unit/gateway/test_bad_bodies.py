@@ -65,8 +65,11 @@ CASES = [
     (parameters('"stop":"x"'), 422, "validation"),
     (parameters('"stop":[1]'), 422, "validation"),
     (parameters('"stop":[""]'), 422, "validation"),
-    (parameters('"watermark":true'), 422, "validation"),
-    (parameters('"grammar":{"type":"regex","value":"a"}'), 422, "validation"),
+    (parameters('"logit_bias":{"\u0662":1}'), 422, "validation"),
+    (parameters('"logit_bias":{"1":null}'), 422, "validation"),
+    (parameters('"grammar":{"type":"regex","value":"("}'), 422, "validation"),
+    (parameters('"grammar":{"type":"json","value":"%s"}' % ("[" * 9000)), 422, "validation"),
+    (parameters('"grammar":{"type":"json","value":{"$ref":"http://a/b"}}'), 422, "validation"),
     (parameters('"adapter_id":"a"'), 422, "validation"),
 ]
 
@@ -176,7 +179,15 @@ FIELDS = st.sampled_from(
         *("best_of", "temperature", "repetition_penalty", "frequency_penalty", "presence_penalty"),
         *("top_k", "top_p", "typical_p", "min_p", "do_sample", "seed", "max_new_tokens", "stop"),
         *("min_new_tokens", "truncate", "return_full_text", "details", "decoder_input_details"),
-        *("top_n_tokens", "watermark", "grammar", "adapter_id", "include_stop", "ignore_eos_token"),
+        *(
+            "logit_bias",
+            "top_n_tokens",
+            "watermark",
+            "grammar",
+            "adapter_id",
+            "include_stop",
+            "ignore_eos_token",
+        ),
     ]
 )
 

@@ -61,13 +61,13 @@ def test_stream_of_two_frames():
         0, Frame((Token(1, "a", -0.5, top=(TopToken(7, "x", -0.1),)),), b"\x01\x02")
     )
     assert first.decode() == (
-        'id: 0-0102\ndata: {"index":1,"token":{"id":1,"text":"a","logprob":-0.5,"special":false},'
+        'id: r:0-0102\ndata: {"index":1,"token":{"id":1,"text":"a","logprob":-0.5,"special":false},'
         '"top_tokens":[{"id":7,"text":"x","logprob":-0.1,"special":false}],'
         '"generated_text":null,"details":null}\n\n'
     )
     last = format.events(1, Frame((Token(2, "</s>", -1.0, True),), b"\x03", finish=FINISH))
     assert last.decode() == (
-        'id: 1-03\ndata: {"index":2,"token":{"id":2,"text":"</s>","logprob":-1.0,"special":true},'
+        'id: r:1-03\ndata: {"index":2,"token":{"id":2,"text":"</s>","logprob":-1.0,"special":true},'
         '"generated_text":"Q: a","details":{"finish_reason":"eos_token","generated_tokens":2,'
         '"seed":9,"input_length":3}}\n\n'
     )
@@ -82,7 +82,7 @@ def test_frame_of_several_tokens_is_several_events_with_one_id():
     )
     first, last = text.strip().split("\n\n")
     assert first.startswith("data: ") and '"index":1' in first and '"generated_text":null' in first
-    assert last.startswith("id: 4-ff\ndata: ") and '"generated_text":"ab\\n","details":null' in last
+    assert last.startswith("id: r:4-ff\ndata: ") and '"generated_text":"ab\\n","details":null' in last
 
 
 def test_finish_without_a_token_still_ends_the_stream():

@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import re
+from dataclasses import replace
 
 import pytest
+from redis.exceptions import ResponseError
 
 from common.errors import GenerationFailed, Overloaded, Unavailable
 from common.messages import Failure, Finish, FinishReason, Frame, Token, TopToken
@@ -128,7 +131,7 @@ async def test_stream_events(client, fleet):
     assert response.headers["cache-control"] == "no-cache"
     assert response.headers["x-accel-buffering"] == "no"
     text = await response.text()
-    assert text.startswith(":\n\nid: 0-")
+    assert text.startswith(f":\n\nid: {response.headers['x-request-id']}:0-")
     first, last = events_of(text)
     assert list(first) == ["id", "index", "token", "generated_text", "details"]
     assert (first["index"], last["index"]) == (1, 2)
@@ -140,7 +143,7 @@ async def test_stream_events(client, fleet):
         "seed": None,
         "input_length": 2,
     }
-    assert first["id"].startswith("0-") and len(first["id"]) == 18
+    assert re.fullmatch("[0-9a-f]{32}:0-[0-9a-f]{16}", first["id"])
 
 
 async def test_stream_without_details_has_null(client):
@@ -158,6 +161,16 @@ async def test_compat_route(client):
     assert events_of(await response.text())[-1]["generated_text"] == "Hi one two"
 
 
+async def test_the_answer_of_an_encoder_decoder_stands_alone(make_client, fleet):
+    cards = fleet.registry.cards
+    cards["tiny"] = replace(cards["tiny"], is_encoder_decoder=True)
+    client = await make_client()
+    response = await post(client, "/", inputs="Hi")
+    assert await response.json() == [{"generated_text": " one two"}]
+    info = await (await client.get("/info")).json()
+    assert info["model_pipeline_tag"] == "text2text-generation"
+
+
 async def test_errors_before_a_stream_are_real_statuses(client, fleet):
     response = await post(client, "/generate_stream", inputs="")
     assert response.status == 422 and response.content_type == "application/json"
@@ -170,6 +183,18 @@ async def test_errors_before_a_stream_are_real_statuses(client, fleet):
     response = await post(client, "/generate", inputs="Hi")
     assert response.status == 503 and response.headers["retry-after"] == "1"
     assert (await response.json())["error_type"] == "unavailable"
+    fleet.error = ResponseError("MISCONF")
+    assert (await post(client, "/generate", inputs="Hi")).status == 503
+
+
+async def test_grammar_that_the_worker_refuses_is_a_422(client, fleet):
+    """The gateway compiles it too, but a worker may run another version."""
+    message = "Input validation error: grammar is not valid: too large"
+    fleet.answer = lambda request: [Frame(failure=Failure("validation", message))]
+    grammar = {"type": "regex", "value": "a"}
+    response = await post(client, "/generate", inputs="Hi", parameters={"grammar": grammar})
+    assert response.status == 422
+    assert await response.json() == {"error": message, "error_type": "validation"}
 
 
 @pytest.mark.parametrize(
@@ -183,7 +208,6 @@ async def test_errors_before_a_stream_are_real_statuses(client, fleet):
             Frame(failure=Failure("deadline", "too late")),
             {"error": "Request failed during generation: too late", "error_type": "deadline"},
         ),
-        (Unavailable("gone"), {"error": "gone", "error_type": "unavailable"}),
         (RuntimeError("secret"), {"error": "Internal error", "error_type": "internal"}),
     ],
 )
@@ -200,6 +224,17 @@ async def test_errors_within_a_stream_are_its_last_event(
     token, end = text.removeprefix(":\n\n").strip().split("\n\n")
     assert '"index":1' in token
     assert json.loads(end.removeprefix("data: ")) == error
+
+
+async def test_stream_without_a_broker_ends_with_the_way_back(client, fleet, frames_of):
+    fleet.answer = lambda request: [frames_of(request.id, ["a", "b"])[0], Unavailable("gone")]
+    response = await post(client, "/generate_stream", inputs="Hi")
+    *_, end = events_of(await response.text())
+    assert end["error_type"] == "unavailable"
+    way = f"GET /requests/{response.headers['x-request-id']}/stream"
+    assert way in end["error"] and "Last-Event-ID" in end["error"]
+    assert fleet.cancelled.empty(), "so that the client can come back"
+
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from pydantic import ValidationError as BodyError
 
 from common.errors import ValidationError
+from common.messages import Grammar, GrammarKind, Sampling
 from gateway.model_directory import ServedModel
 from gateway.schemas.native import GenerateBody
 from gateway.settings import GatewaySettings
@@ -71,8 +73,29 @@ RULES = [
         {"min_new_tokens": 8, "max_new_tokens": 7},
         "`min_new_tokens` must be >= 0 and <= 7. Given: 8",
     ),
-    ({"grammar": {}}, "grammar is not supported"),
-    ({"watermark": True}, "`watermark` is not supported; leave it out or set it to false"),
+    (
+        {"logit_bias": {"256": 1}, "grammar": {"type": "regex", "value": "("}},
+        "`logit_bias` takes token ids >= 0 and < 256. Given: 256",
+    ),
+    ({"logit_bias": {"-1": 1}}, "`logit_bias` takes token ids >= 0 and < 256. Given: -1"),
+    ({"logit_bias": {"x": 1}}, "`logit_bias` takes token ids >= 0 and < 256. Given: x"),
+    (
+        {"logit_bias": {"7": 100.5}},
+        "`logit_bias` values must be >= -100.0 and <= 100.0. Given: 100.5",
+    ),
+    ({"grammar": {"type": "regex", "value": "("}}, "grammar is not valid: unclosed group"),
+    (
+        {"grammar": {"type": "json", "value": {"type": "foo"}}},
+        "grammar is not valid: Invalid type: foo",
+    ),
+    (
+        {"grammar": {"type": "json", "value": "{"}},
+        "grammar is not valid: EOF while parsing an object at line 1 column 1",
+    ),
+    (
+        {"grammar": {"type": "lark", "value": "start: x"}},
+        'grammar is not valid: at 1(8): unknown name: "x"',
+    ),
     ({"adapter_id": "a"}, "`adapter_id` is not supported; leave it out"),
 ]
 
@@ -187,6 +210,74 @@ async def test_details(model):
     assert (await check(model, details=True)).has_details
     valid = await check(model, decoder_input_details=True)
     assert valid.has_details and valid.request.prompt_logprobs
+
+
+SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "null"}}}
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "value"),
+    [
+        ({"type": "json", "value": SCHEMA}, GrammarKind.JSON_SCHEMA, json.dumps(SCHEMA)),
+        ({"type": "json_object", "value": SCHEMA}, GrammarKind.JSON_SCHEMA, json.dumps(SCHEMA)),
+        (
+            {"type": "json", "value": json.dumps(SCHEMA)},
+            GrammarKind.JSON_SCHEMA,
+            json.dumps(SCHEMA),
+        ),
+        (
+            {"type": "json_schema", "value": {"name": "x", "schema": SCHEMA}},
+            GrammarKind.JSON_SCHEMA,
+            json.dumps(SCHEMA),
+        ),
+        (
+            {"type": "json_schema", "value": {"schema": SCHEMA}},
+            GrammarKind.JSON_SCHEMA,
+            json.dumps(SCHEMA),
+        ),
+        ({"type": "regex", "value": "a+"}, GrammarKind.REGEX, "a+"),
+        ({"type": "lark", "value": 'start: "a"'}, GrammarKind.LARK, 'start: "a"'),
+    ],
+)
+async def test_grammar_in_the_shapes_of_tgi(model, given, kind, value):
+    """The order of a schema's properties is kept: it is the order of the answer's."""
+    assert (await check(model, grammar=given)).request.sampling.grammar == Grammar(kind, value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"type": "xml", "value": "a"},
+        {"type": "regex"},
+        {"type": "regex", "value": {}},
+        {"type": "json", "value": [1]},
+        {"type": "json_schema", "value": {"name": "x"}},
+    ],
+)
+async def test_grammar_in_another_shape_is_refused_while_parsing(model, given):
+    with pytest.raises(BodyError):
+        await check(model, grammar=given)
+
+
+async def test_every_rule_reaches_the_worker(model):
+    given = {
+        "temperature": 0.5,
+        "top_k": 7,
+        "top_p": 0.75,
+        "typical_p": 0.25,
+        "min_p": 0.125,
+        "repetition_penalty": 1.5,
+        "frequency_penalty": -0.5,
+        "presence_penalty": 1.25,
+        "seed": 11,
+        "top_n_tokens": 3,
+        "watermark": True,
+    }
+    bias = {"3": -100, "255": 0.5}
+    sampling = (await check(model, logit_bias=bias, **given)).request.sampling
+    expected = Sampling(do_sample=True, logit_bias=((3, -100.0), (255, 0.5)), **given)
+    assert sampling == expected
 
 
 async def test_our_own_parameters(model):

@@ -3,8 +3,9 @@ come."""
 
 import torch
 
+from common.messages import Sampling
 from worker.engine.batch import BlockTables, GroupLimits
-from worker.engine.plan import Chunk, KvCacheLayout
+from worker.engine.plan import Chunk, KvCacheLayout, SequenceStart
 
 
 def tables(
@@ -105,3 +106,47 @@ def test_a_block_is_cleaned_when_it_is_begun_and_not_filled() -> None:
     assert entered(Chunk(0, 8, (9,), (10,), True)) == [10]
     assert entered(Chunk(1, 0, (1, 2, 3, 4), (11,), True)) == []
     assert entered(Chunk(1, 4, (1, 2, 3, 4), (12,), True)) == []
+
+
+def a_translation(slot: int, num_tokens: int, blocks: tuple[int, ...]) -> SequenceStart:
+    tokens = tuple(range(100 * slot, 100 * slot + num_tokens))
+    return SequenceStart(slot, (0,), (), Sampling(), encoder_tokens=tokens, encoder_blocks=blocks)
+
+
+def test_encoder_inputs_are_laid_end_to_end_in_blocks_of_their_own() -> None:
+    plain = SequenceStart(2, (5, 6), (), Sampling())
+    starts = [a_translation(1, 6, (9, 3)), plain, a_translation(0, 4, (5,))]
+    batch = tables().encoder_batch(starts)
+    assert batch.tokens.tolist() == [100, 101, 102, 103, 104, 105, 0, 1, 2, 3]
+    assert batch.attention.bounds == ((0, 6), (6, 10))
+    assert batch.attention.cache_rows.tolist() == [36, 37, 38, 39, 12, 13, 20, 21, 22, 23]
+    assert batch.attention.entered_blocks.tolist() == [3]
+    assert tables().encoder_batch([plain]) is None
+
+
+def test_a_decoder_sees_its_sequence_s_whole_input() -> None:
+    state = tables()
+    for start in (a_translation(0, 3, (7,)), a_translation(1, 6, (9, 3))):
+        state.start(start)
+    batch = state.batch([Chunk(0, 5, (1,), (0, 1), True), Chunk(1, 0, (2,), (2,), True)])
+    assert batch.tokens.tolist() == [2, 1], "the longer input first"
+    (group,) = batch.attention.cross.groups
+    assert group.blocks.tolist() == [9, 3, 7, 7] and group.keep == slice(0, 6)
+    assert (group.mask[:, 0, 0] == 0).tolist() == [[True] * 6, [True] * 3 + [False] * 3]
+    batch = state.batch([Chunk(1, 1, (1, 2), (), True)])
+    (chunk,) = batch.attention.cross.chunks
+    assert chunk.blocks.tolist() == [9, 3] and chunk.num_keys == 6
+    assert torch.equal(chunk.mask, torch.zeros(2, 6))
+    state.clear(1)
+    assert state.batch([Chunk(1, 0, (1,), (4,), True)]).attention.cross is None
+
+
+def test_cross_attention_is_grouped_though_its_lengths_are_not_sorted() -> None:
+    state = tables(limits=GroupLimits(max_padding_tokens=4))
+    for slot, num_tokens in enumerate((8, 7, 1, 8)):
+        state.start(a_translation(slot, num_tokens, (2 * slot, 2 * slot + 1)))
+    chunks = [Chunk(slot, 0, (1,), (20 + slot,), True) for slot in range(3)]
+    several = Chunk(3, 0, (1, 2), (23,), True)
+    cross = state.batch([*chunks, several]).attention.cross
+    assert [(group.start, group.stop) for group in cross.groups] == [(0, 2), (2, 3)]
+    assert [(chunk.start, chunk.stop) for chunk in cross.chunks] == [(3, 5)]

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from common.messages import Sampling
-from worker.engine.plan import Chunk, KvCacheLayout, SequenceStart, StepPlan
+from common.messages import Grammar, GrammarKind, Sampling
 from worker.engine.echo import END_TOKEN, EchoEngine, echo_tokenizer_json, load_echo
+from worker.engine.plan import NO_TOKEN, Chunk, KvCacheLayout, SequenceStart, StepPlan
 from worker.settings import WorkerSettings
 
 LAYOUT = KvCacheLayout(num_blocks=64, block_size=4, num_slots=4)
@@ -64,6 +64,13 @@ def test_salt_changes_the_text_but_not_its_length():
     assert a != b
     assert a[5] == b[5] == END_TOKEN
     assert bytes(a[:5]).decode("ascii").isprintable()
+
+
+def test_grammar_is_refused_and_not_ignored():
+    grammar = Grammar(GrammarKind.REGEX, "a")
+    sampled = EchoEngine(LAYOUT).step(prefill(sampling=Sampling(grammar=grammar))).sampled[0]
+    assert sampled.token == NO_TOKEN and sampled.failure.kind == "validation"
+    assert "grammar is not supported" in sampled.failure.message
 
 
 def test_top_tokens_start_with_the_chosen_one():

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from worker.settings import WorkerSettings
+from worker.weights.files import ModelFilesError
 from worker.weights.gguf import (
     byte_level_tokenizer,
     convert_gguf,
@@ -19,6 +21,7 @@ from worker.weights.gguf import (
     tensor_name,
     unpermute,
 )
+from worker.weights.prepare import prepare_model
 
 HIDDEN, HEADS, KV_HEADS, FFN, LAYERS = 64, 4, 2, 96, 2
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -237,3 +240,35 @@ def test_unknown_tokenizers_are_refused(fields, message):
 def test_unknown_tensors_are_refused(name):
     with pytest.raises(ValueError, match=name):
         tensor_name(name)
+
+
+def test_file_as_a_model_is_converted_once(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", random_weights())
+    first = prepare_model(str(tmp_path / "tiny.gguf"), cache_dir=str(tmp_path / "cache"))
+    assert first.path.is_relative_to(tmp_path / "cache") and first.path.name.startswith("tiny-")
+    (weights,) = first.weight_files()
+    written_at = weights.stat().st_mtime_ns
+    assert prepare_model(str(tmp_path / "tiny.gguf"), cache_dir=str(tmp_path / "cache")) == first
+    assert weights.stat().st_mtime_ns == written_at
+    assert first.config()["architectures"] == ["LlamaForCausalLM"]
+    changed = {name: values * 2 for name, values in random_weights().items()}
+    write_gguf(tmp_path / "tiny.gguf", changed)
+    second = prepare_model(str(tmp_path / "tiny.gguf"), cache_dir=str(tmp_path / "cache"))
+    assert second.path != first.path
+
+
+def test_file_that_cannot_be_used_is_one_sentence_and_leaves_nothing(tmp_path):
+    (tmp_path / "broken.gguf").write_bytes(b"no model")
+    write_gguf(tmp_path / "foreign.gguf", random_weights(), architecture="bloom")
+    for name, reason in (("broken", "broken.gguf cannot be used"), ("foreign", "'bloom'")):
+        with pytest.raises(ModelFilesError, match=reason):
+            prepare_model(str(tmp_path / f"{name}.gguf"), cache_dir=str(tmp_path / "cache"))
+    left = (tmp_path / "cache/tokenfleet").iterdir()
+    assert [path.name for path in left if path.suffix != ".lock"] == []
+
+
+def test_name_of_a_file_as_a_model(tmp_path):
+    (tmp_path / "Tiny-1B.Q4.gguf").touch()
+    assert WorkerSettings(model_id=str(tmp_path / "Tiny-1B.Q4.gguf")).model_name == "Tiny-1B.Q4"
+    assert WorkerSettings(model_id=str(tmp_path)).model_name == tmp_path.name
+    assert WorkerSettings(model_id="owner/name").model_name == "owner/name"

@@ -10,6 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from common.errors import GenerationFailed
 from common.messages import (
+    Failure,
     FinishReason,
     GenerationRequest,
     Sampling,
@@ -247,6 +248,16 @@ def test_broken_logits_fail_their_sequence():
     assert frame.failure.kind == "generation" and "token 2" in frame.failure.message
     assert frame.tokens == () and frame.chain == next_chain(rig.frames[-1].chain, ())
     assert rig.sequence.state is SequenceState.FINISHED and rig.sequence.output_tokens == ids("a")
+
+
+def test_failure_with_a_reason_of_its_own():
+    rig = Rig()
+    plan = rig.scheduler.plan()
+    failure = Failure("validation", "grammar is not valid: unclosed group")
+    sampled = Sampled(plan.chunks[0].slot, NO_TOKEN, math.nan, failure=failure)
+    result = StepResult(plan.step, (sampled,))
+    (output,) = rig.processor.advance(plan, result, rig.scheduler.sequence_at)
+    assert output.frame.failure == failure
 
 
 def test_a_dropped_sequence_has_no_output():

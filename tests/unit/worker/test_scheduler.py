@@ -1,6 +1,6 @@
 """Continuous batching against a simulated engine that knows only block tables and blocks.
 
-Its next token is a function of all tokens that it finds through a slot's table, so that a wrong
+Its next token is a function of all tokens that it finds through a slot's tables, so that a wrong
 block, a stale shared block or a wrong start shows as a wrong token.
 """
 
@@ -27,17 +27,21 @@ from worker.engine.plan import KvCacheLayout, Sampled, StepResult
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Sequence, SequenceState
 
+START = 49  # what the decoder of an encoder-decoder model begins with
 
-def next_token(tokens):
+
+def next_token(tokens, encoder_tokens=()):
     """The model: the next token after all of `tokens`."""
-    return hash(tuple(tokens)) % 50
+    return hash((*encoder_tokens, -1, *tokens)) % 50
 
 
-def reference(request):
-    tokens = list(request.prompt_tokens)
+def reference(request, *, has_encoder=False):
+    encoder_tokens = request.prompt_tokens if has_encoder else ()
+    tokens = [START] if has_encoder else list(request.prompt_tokens)
+    num_prompt = len(tokens)
     for _ in range(request.stopping.max_new_tokens):
-        tokens.append(next_token(tokens))
-    return tokens[len(request.prompt_tokens) :]
+        tokens.append(next_token(tokens, encoder_tokens))
+    return tokens[num_prompt:]
 
 
 def a_request(prompt, max_new_tokens=4, name="r", **fields):
@@ -50,6 +54,12 @@ def a_sequence(prompt, max_new_tokens=4, name="r", **fields):
     return Sequence(a_request(prompt, max_new_tokens, name, **fields))
 
 
+def a_translation(prompt, max_new_tokens=4, name="r", **fields):
+    """A sequence of an encoder-decoder model."""
+    request = a_request(prompt, max_new_tokens, name, **fields)
+    return Sequence(request, decoder_start_token=START)
+
+
 @dataclass
 class SlotState:
     start: object
@@ -57,7 +67,10 @@ class SlotState:
 
 
 class SimulatedEngine:
-    """Slots with block tables, and blocks with the token at each position."""
+    """Slots with block tables, and blocks with the token at each position.
+
+    What a decoder has computed of a token also holds what its encoder had read.
+    """
 
     def __init__(self, layout):
         self.layout = layout
@@ -70,28 +83,47 @@ class SimulatedEngine:
         for start in plan.started:
             assert start.slot not in self.slots
             self.slots[start.slot] = SlotState(start, [])
+            self.encode(start)
         assert len({chunk.slot for chunk in plan.chunks}) == len(plan.chunks)
         for chunk in plan.chunks:
             self.write(chunk)
         sampled = [
-            Sampled(chunk.slot, next_token(self.read(chunk)), -1.0)
+            Sampled(chunk.slot, next_token(self.read(chunk), self.read_encoded(chunk.slot)), -1.0)
             for chunk in plan.chunks
             if chunk.is_sampled
         ]
         return StepResult(plan.step, tuple(sampled))
 
+    def encode(self, start):
+        size = self.layout.block_size
+        assert len(start.encoder_blocks) == -(-len(start.encoder_tokens) // size)
+        for position, token in enumerate(start.encoder_tokens):
+            self.blocks[start.encoder_blocks[position // size]][position % size] = token
+
+    def read_encoded(self, slot):
+        start, size = self.slots[slot].start, self.layout.block_size
+        tokens = [
+            self.blocks[start.encoder_blocks[position // size]][position % size]
+            for position in range(len(start.encoder_tokens))
+        ]
+        assert tuple(tokens) == start.encoder_tokens
+        return tokens
+
     def write(self, chunk):
-        table, size = self.slots[chunk.slot].table, self.layout.block_size
-        table += chunk.new_blocks
+        state, size = self.slots[chunk.slot], self.layout.block_size
+        state.table += chunk.new_blocks
         for position, token in enumerate(chunk.tokens, chunk.start):
-            self.blocks[table[position // size]][position % size] = token
+            block = self.blocks[state.table[position // size]]
+            block[position % size] = (token, state.start.encoder_tokens)
 
     def read(self, chunk):
         state, size = self.slots[chunk.slot], self.layout.block_size
-        tokens = [
+        places = [
             self.blocks[state.table[position // size]][position % size]
             for position in range(chunk.start + len(chunk.tokens))
         ]
+        tokens = [token for token, _ in places]
+        assert {encoder_tokens for _, encoder_tokens in places} == {state.start.encoder_tokens}
         known = (*state.start.prompt_tokens, *state.start.output_tokens)
         assert tuple(tokens[: len(known)]) == known[: len(tokens)]
         return tokens
@@ -119,6 +151,15 @@ def outputs_of(scheduler, result):
     return outputs
 
 
+def is_one_input(plan):
+    """Whether an encoder's input is the only thing in a plan besides decoding sequences."""
+    slots = [start.slot for start in plan.started if start.encoder_tokens]
+    others = [chunk for chunk in plan.chunks if chunk.slot not in slots]
+    return len(slots) == len(plan.started) == 1 and all(
+        len(chunk.tokens) == 1 and chunk.is_sampled for chunk in others
+    )
+
+
 class Fleet:
     """A scheduler and an engine that step together, checked after every step."""
 
@@ -136,7 +177,8 @@ class Fleet:
         plan = self.scheduler.plan()
         if plan is None:
             return None
-        assert 0 < plan.num_tokens <= self.max_step_tokens
+        assert 0 < plan.num_tokens
+        assert plan.num_tokens <= self.max_step_tokens or is_one_input(plan)
         result = self.engine.step(plan)
         self.scheduler.commit(plan, outputs_of(self.scheduler, result))
         self.scheduler.check()
@@ -378,6 +420,108 @@ def test_room_counts_slots_and_memory():
     assert fleet.scheduler.room == 0
 
 
+def test_an_encoder_reads_its_input_whole_and_the_decoder_begins_with_its_start_token():
+    fleet = Fleet(block_size=4, max_step_tokens=16)
+    sequence = a_translation(range(10), max_new_tokens=3)
+    fleet.add(sequence)
+    plan = fleet.step()
+    (start,) = plan.started
+    assert (start.prompt_tokens, start.encoder_tokens) == ((START,), tuple(range(10)))
+    assert len(start.encoder_blocks) == 3
+    assert plan.num_tokens == 11
+    chunks = [*plan.chunks, *(chunk for plan in fleet.run() for chunk in plan.chunks)]
+    assert [(chunk.start, len(chunk.tokens), chunk.is_sampled) for chunk in chunks] == [
+        (0, 1, True),
+        (1, 1, True),
+        (2, 1, True),
+    ]
+    assert sequence.output_tokens == reference(sequence.request, has_encoder=True)
+
+
+def test_encoder_inputs_share_a_budget():
+    fleet = Fleet(max_step_tokens=16)
+    fleet.add(*(a_translation([n] * 6, name=str(n)) for n in range(3)))
+    plans = fleet.run()
+    assert [len(plan.started) for plan in plans[:2]] == [2, 1]
+    assert plans[0].num_tokens == 14
+
+
+def test_an_input_beyond_the_budget_runs_as_the_only_prompt_of_its_step():
+    fleet = Fleet(num_blocks=64, max_step_tokens=8)
+    short, long = a_translation([1, 2], 9, "short"), a_translation(range(30), 3, "long")
+    fleet.add(short, long, a_translation([3], name="next"))
+    first, second, third = (fleet.step() for _ in range(3))
+    assert [len(plan.started) for plan in (first, second, third)] == [1, 1, 1]
+    assert second.num_tokens == 32, "a decode goes with the 30, and the long one's start token"
+    fleet.run()
+    assert long.output_tokens == reference(long.request, has_encoder=True)
+
+
+def test_an_encoder_s_input_does_not_wait_for_a_decode_to_end():
+    fleet = Fleet(num_slots=4, max_step_tokens=8)
+    fleet.add(*(a_translation([n], 20, str(n)) for n in range(3)))
+    fleet.step()
+    fleet.add(a_translation([9] * 8, name="as long as the budget"))
+    assert [len(start.encoder_tokens) for start in fleet.step().started] == [8]
+
+
+def test_a_preempted_sequence_is_encoded_again():
+    fleet = Fleet(num_blocks=8, block_size=2)
+    old, new = a_translation([1, 2, 3], 8, "old"), a_translation([4, 5, 6], 8, "new")
+    fleet.add(old, new)
+    while fleet.scheduler.num_preemptions == 0:
+        fleet.step()
+    done = tuple(new.output_tokens)
+    assert new.state is SequenceState.WAITING and not new.encoder_blocks
+    (again,) = (start for plan in fleet.run() for start in plan.started)
+    assert (again.output_tokens, again.encoder_tokens) == (done, (4, 5, 6))
+    for sequence in (old, new):
+        assert sequence.output_tokens == reference(sequence.request, has_encoder=True)
+
+
+def test_a_translation_goes_on_where_another_worker_stopped():
+    fleet = Fleet(max_step_tokens=3)
+    request = a_request(range(6), max_new_tokens=8)
+    answer = reference(request, has_encoder=True)
+    token_frames = [Frame((Token(token, "", -1.0),), b"chain") for token in answer[:5]]
+    sequence = Sequence.from_journal(request, token_frames, decoder_start_token=START)
+    fleet.add(sequence)
+    plan = fleet.step()
+    assert plan.chunks[0].tokens == (START,), "what the input has left of the budget, at least one"
+    fleet.run()
+    assert sequence.output_tokens == answer
+
+
+def test_a_decoder_s_blocks_are_never_shared():
+    """The same tokens after another input are other keys and values."""
+    fleet = Fleet(block_size=1)
+    for prompt in ([1, 2], [3, 4], [1, 2]):
+        request = a_request(prompt, max_new_tokens=6)
+        begun = dict(output_tokens=(7, 8, 9), chain=b"12345678")
+        fleet.add(Sequence(request, decoder_start_token=START, **begun))
+        fleet.run()
+    assert fleet.scheduler.num_prefix_hit_tokens == 0
+
+
+def test_an_input_that_can_never_fit_is_refused():
+    fleet = Fleet(num_blocks=3, block_size=4)
+    message = r"each in whole blocks of 4 must be <= .*: 12. Given: 5 `inputs` tokens and 5 "
+    with pytest.raises(ValidationError, match=message):
+        fleet.add(a_translation(range(5), max_new_tokens=5))
+    fits = a_translation(range(5), max_new_tokens=4)
+    fleet.add(fits)
+    fleet.run()
+    assert fits.output_tokens == reference(fits.request, has_encoder=True)
+
+
+def test_room_counts_the_memory_of_encoder_inputs():
+    fleet = Fleet(num_blocks=16, block_size=4, num_slots=4, max_step_tokens=64)
+    fleet.add(a_translation(range(28)))
+    assert fleet.scheduler.room == 1, "16 blocks, 8 are wanted, another one like it fits"
+    fleet.add(a_translation(range(28)))
+    assert fleet.scheduler.room == 0
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -386,16 +530,25 @@ def test_room_counts_slots_and_memory():
     max_step_tokens=st.integers(1, 12),
     spare_blocks=st.integers(0, 8),
     prefix_caching=st.booleans(),
+    share_of_translations=st.sampled_from([0, 0, 0.5, 1, 1]),
 )
 def test_every_workload_ends_with_the_reference_tokens(
-    seed, block_size, num_slots, max_step_tokens, spare_blocks, prefix_caching
+    seed,
+    block_size,
+    num_slots,
+    max_step_tokens,
+    spare_blocks,
+    prefix_caching,
+    share_of_translations,
 ):
     rng = random.Random(seed)
     requests = [a_random_request(rng, name=str(n)) for n in range(rng.randint(1, 10))]
-    longest = max(len(one.prompt_tokens) + one.stopping.max_new_tokens - 1 for one in requests)
-    num_blocks = -(-longest // block_size) + spare_blocks
+    # A fleet serves one model, but to the scheduler it is all the same.
+    translated = {one.id for one in requests if rng.random() < share_of_translations}
+    needs = [blocks_of(one, block_size, has_encoder=one.id in translated) for one in requests]
+    num_blocks = max(needs) + spare_blocks
     fleet = Fleet(num_blocks, block_size, num_slots, max_step_tokens, prefix_caching=prefix_caching)
-    sequences = [a_random_start(rng, request) for request in requests]
+    sequences = [a_random_start(rng, one, has_encoder=one.id in translated) for one in requests]
     arrivals, dropped = list(sequences), []
     for _ in range(5_000):
         for _ in range(min(len(arrivals), rng.randint(0, 3))):
@@ -409,7 +562,7 @@ def test_every_workload_ends_with_the_reference_tokens(
     assert not fleet.scheduler.has_work, "livelock"
     for sequence in sequences:
         assert sequence.state is SequenceState.FINISHED
-        answer = reference(sequence.request)
+        answer = reference(sequence.request, has_encoder=sequence.request.id in translated)
         assert sequence.output_tokens == answer or sequence in dropped
     assert fleet.scheduler.num_used_blocks == 0
 
@@ -420,12 +573,24 @@ def a_random_request(rng, name):
     return a_request(common + own, rng.randint(1, 12), name, prompt_logprobs=rng.random() < 0.1)
 
 
-def a_random_start(rng, request):
+def a_random_start(rng, request, *, has_encoder):
     """Fresh, or begun by another worker."""
+    start_token = START if has_encoder else None
     if rng.random() < 0.7 or request.stopping.max_new_tokens == 1:
-        return Sequence(request)
-    begun = reference(request)[: rng.randint(1, request.stopping.max_new_tokens - 1)]
-    return Sequence(request, output_tokens=tuple(begun), chain=b"12345678")
+        return Sequence(request, decoder_start_token=start_token)
+    answer = reference(request, has_encoder=has_encoder)
+    begun = tuple(answer[: rng.randint(1, request.stopping.max_new_tokens - 1)])
+    return Sequence(
+        request, decoder_start_token=start_token, output_tokens=begun, chain=b"12345678"
+    )
+
+
+def blocks_of(request, block_size, *, has_encoder):
+    """What a request needs at most, by hand."""
+    num_prompt, num_new = len(request.prompt_tokens), request.stopping.max_new_tokens
+    if has_encoder:  # the start token and all but the last of the new ones
+        return -(-num_prompt // block_size) + -(-num_new // block_size)
+    return -(-(num_prompt + num_new - 1) // block_size)
 
 
 def test_a_plan_costs_little():

@@ -14,7 +14,7 @@ from worker.layers.linear import ColumnLinear, MergedColumnLinear, QkvLinear, Ro
 from worker.parallel.group import Shard
 from worker.weights.files import ModelFilesError, ModelFolder, find_model
 from worker.weights.loader import WeightError, load_weights
-from worker.weights.pieces import WeightNames
+from worker.weights.pieces import WeightNames, of_modules
 
 CPU = torch.device("cpu")
 HIDDEN, HEADS, KV_HEADS, DIM, VOCAB = 6, 4, 2, 3, 7
@@ -199,7 +199,7 @@ def test_a_folder_that_is_no_model_says_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(ModelFilesError, match="there is no folder"):
         find_model(str(tmp_path / "absent"))
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(ModelFilesError, match="pytorch_model.bin, which must be converted"):
+    with pytest.raises(ModelFilesError, match="has no model.safetensors and no index"):
         find_model(str(tmp_path)).weight_files()
 
 
@@ -213,3 +213,69 @@ def test_a_model_that_is_not_cached_is_one_sentence_when_offline(
         find_model("nobody/nothing", cache_dir=str(tmp_path))
     with pytest.raises(ModelFilesError, match="neither a folder nor a hub id"):
         find_model("no//thing", cache_dir=str(tmp_path))
+
+
+class Fused(nn.Module):
+    """A QKV linear and a row linear, for files with other layouts."""
+
+    def __init__(self, shard: Shard, kv_heads: int, is_transposed: bool) -> None:
+        super().__init__()
+        build = Build(dtype=torch.float32, shard=shard)
+        self.qkv = QkvLinear(
+            HIDDEN,
+            num_heads=HEADS,
+            num_kv_heads=kv_heads,
+            head_dim=DIM,
+            build=build,
+            has_bias=True,
+            is_transposed=is_transposed,
+        )
+        self.output = RowLinear(HEADS * DIM, HIDDEN, build, is_transposed=is_transposed)
+
+
+def fused_parts(values: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Tensor]:
+    """Tensors with rows as the layout has them, from `q`, `k` and `v` with a row a feature."""
+    if layout == "heads":
+        heads = torch.stack([values[part].unflatten(0, (-1, DIM)) for part in "qkv"], dim=1)
+        return {"heads": heads.flatten(0, 2)}
+    if layout == "qkv":
+        return {"qkv": torch.cat([values[part] for part in "qkv"])}
+    return {"q": values["q"], "kv": torch.cat([values["k"], values["v"]])}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "kv_heads"), [("heads", HEADS), ("qkv", HEADS), ("qkv", 1), ("kv", 2), ("kv", 1)]
+)
+def test_fused_and_transposed_files_are_the_same_layer(
+    tmp_path: Path, layout: str, kv_heads: int, is_transposed: bool, size: int
+) -> None:
+    torch.manual_seed(0)
+    num_rows = {"q": HEADS * DIM, "k": kv_heads * DIM, "v": kv_heads * DIM}
+    weights = {part: torch.randn(rows, HIDDEN) for part, rows in num_rows.items()}
+    biases = {part: torch.randn(rows) for part, rows in num_rows.items()}
+    output = torch.randn(HIDDEN, HEADS * DIM)
+    files = {f"{name}.weight": value for name, value in fused_parts(weights, layout).items()}
+    files["o.weight"] = output
+    if is_transposed:
+        files = {name: value.T.contiguous() for name, value in files.items()}
+    files |= {f"{name}.bias": value for name, value in fused_parts(biases, layout).items()}
+    save_file(files, tmp_path / "model.safetensors")
+    names = [name.split(".")[0] for name in files if name.endswith("bias")]
+    table = of_modules({name: f"qkv:{name}" for name in names}) | {"o.weight": "output.weight"}
+    x, y = torch.randn(3, HIDDEN), torch.randn(3, HEADS * DIM)
+    summed = torch.zeros(3, HIDDEN)
+    for rank in range(size):
+        fused = Fused(Shard(rank, size), kv_heads, is_transposed)
+        load_weights(fused, WeightNames(table), ModelFolder(tmp_path).weight_files(), CPU)
+        first, heads = rank * HEADS // size, HEADS // size
+        first_kv, local_kv = rank * kv_heads // size, max(1, kv_heads // size)
+        shares = {"q": (first, heads), "k": (first_kv, local_kv), "v": (first_kv, local_kv)}
+        expected = [
+            (x @ weights[part].T + biases[part])[:, start * DIM : (start + count) * DIM]
+            for part, (start, count) in shares.items()
+        ]
+        torch.testing.assert_close(fused.qkv(x), torch.cat(expected, dim=-1))
+        summed += fused.output.partial(y[:, first * DIM : (first + heads) * DIM])
+    torch.testing.assert_close(summed, y @ output.T)

@@ -1,0 +1,128 @@
+"""Requests by their id: what is known of one, who watches it, and the end of those that nobody watches.
+
+The queue moves requests; this file answers questions about them. A gateway that holds a stream refreshes its entry in
+the request's set of watchers; the set expires when every gateway that did so is gone.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from redis.asyncio import Redis
+
+from common.codec import decode, decode_frame
+from common.lua import Scripts
+from common.messages import (
+    TERMINAL_STATES,
+    Failure,
+    Finish,
+    Frame,
+    GenerationRequest,
+    RequestState,
+)
+from common.redis_keys import GROUP, ModelKeys
+
+WATCH_TTL_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStatus:
+    """What is known of a request. Times are Unix seconds by the broker's clock."""
+
+    request: GenerationRequest
+    state: RequestState
+    attempts: int
+    created_at: float
+    deadline_at: float
+    num_tokens: int
+    num_frames: int
+    finish: Finish | None
+    failure: Failure | None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state in TERMINAL_STATES
+
+
+class RequestStore:
+    """The requests of one model."""
+
+    def __init__(self, redis: Redis, keys: ModelKeys, *, scripts: Scripts | None = None) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._scripts = scripts or Scripts(redis)
+
+    async def find(self, request_id: str) -> GenerationRequest | None:
+        """The request as it was enqueued, or None when it is unknown or has expired."""
+        body = await self._redis.hget(self._keys.request(request_id), "body")
+        return decode(GenerationRequest, body) if body else None
+
+    async def status(self, request_id: str) -> RequestStatus | None:
+        """State and progress of a request, or None when it is unknown or has expired."""
+        async with self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.hmget(
+                self._keys.request(request_id), "body", "state", "attempts", "created", "deadline"
+            )
+            pipeline.lrange(self._keys.journal(request_id), 0, -1)
+            (body, state, attempts, created, deadline), items = await pipeline.execute()
+        if body is None:
+            return None
+        frames = [decode_frame(item) for item in items]
+        last = frames[-1] if frames else Frame()
+        return RequestStatus(
+            request=decode(GenerationRequest, body),
+            state=RequestState(state.decode()),
+            attempts=int(attempts),
+            created_at=int(created) / 1000,
+            deadline_at=int(deadline) / 1000,
+            num_tokens=sum(len(frame.tokens) for frame in frames),
+            num_frames=len(frames),
+            finish=last.finish,
+            failure=last.failure,
+        )
+
+    async def forget(self, request_id: str) -> bool:
+        """Remove an ended request, so that its id can be used again; False when it still waits or runs."""
+        names = [self._keys.request(request_id), self._keys.journal(request_id)]
+        return bool(await self._scripts.run("forget", names, []))
+
+    async def watch(self, watchers: Iterable[tuple[str, str]]) -> None:
+        """Note for each (request id, watcher) that the watcher reads the stream, for `WATCH_TTL_S` from now on.
+
+        PEXPIRE comes first: it works even when the broker is full.
+        """
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for request_id, watcher in watchers:
+                key = self._keys.watchers(request_id)
+                pipeline.pexpire(key, int(WATCH_TTL_S * 1000))
+                pipeline.sadd(key, watcher)
+                pipeline.pexpire(key, int(WATCH_TTL_S * 1000))
+            await pipeline.execute(raise_on_error=False)
+
+    async def unwatch(self, request_id: str, watcher: str) -> int:
+        """Take a watcher back; the number of those that are left."""
+        key = self._keys.watchers(request_id)
+        async with self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.srem(key, watcher)
+            pipeline.scard(key)
+            return (await pipeline.execute())[1]
+
+    async def cancel_orphans(self, *, patience_s: float = WATCH_TTL_S, idle_s: float) -> int:
+        """End what nobody watches among the requests that run for `idle_s`; the number of those.
+
+        Requests younger than `patience_s`, and those that shall run unwatched, are left alone.
+        """
+        num_cancelled = 0
+        for queue in self._keys.queues:
+            pending = await self._redis.xpending_range(
+                queue, GROUP, min="-", max="+", count=1000, idle=int(idle_s * 1000)
+            )
+            for item in pending:
+                found = await self._redis.xrange(
+                    queue, min=item["message_id"], max=item["message_id"]
+                )
+                if found:
+                    request_id = found[0][1][b"id"].decode()
+                    names = [self._keys.request(request_id), self._keys.watchers(request_id)]
+                    args = [int(patience_s * 1000)]
+                    num_cancelled += await self._scripts.run("cancel_orphan", names, args)
+        return num_cancelled

@@ -1,0 +1,89 @@
+"""A request by its id: its state, its stream once more, and its end."""
+
+from typing import Any
+
+from aiohttp import web
+
+from common.errors import ValidationError
+from common.request_store import RequestStatus
+from gateway.handlers.generate import relay_stream
+from gateway.presentation import format_as_before
+from gateway.record import RECORD
+from gateway.resumption import EventId, last_event_of
+from gateway.services import SERVICES
+
+
+async def status(request: web.Request) -> web.Response:
+    """State, attempts, tokens so far and times of a request; known until ten minutes after its end."""
+    found = await request.app[SERVICES].finder.status(_id_in(request))
+    return web.json_response(_status_body(found))
+
+
+async def stream(request: web.Request) -> web.StreamResponse:
+    """The events of a request from the first on, or behind `Last-Event-ID`; 204 when there are no more.
+
+    Any number of readers may follow one request. It ends ten seconds after the last one left.
+    """
+    services, record = request.app[SERVICES], request[RECORD]
+    last_event = _last_event(request)
+    with services.admission.permit():
+        known = await services.finder.find(_id_in(request))
+        record.model = known.model
+        if last_event and await _is_last(request, last_event):
+            return web.Response(status=204)  # tells an EventSource to come back no more
+        return await relay_stream(
+            request,
+            services.generator.attach(known, last_event=last_event),
+            format_as_before,
+            last_event=last_event,
+        )
+
+
+async def cancel(request: web.Request) -> web.Response:
+    """End a request; its readers get an error as the last event. Harmless when it has ended already."""
+    services = request.app[SERVICES]
+    known = await services.finder.find(_id_in(request))
+    was_live = await services.generator.cancel(known)
+    found = await services.finder.status(known.id)
+    return web.json_response({"cancelled": was_live, **_status_body(found)})
+
+
+def _id_in(request: web.Request) -> str:
+    request_id = request.match_info["request_id"]
+    request[RECORD].id = request_id
+    return request_id
+
+
+def _last_event(request: web.Request) -> EventId | None:
+    event, request_id = last_event_of(request), request.match_info["request_id"]
+    if event is not None and event.request_id != request_id:
+        raise ValidationError(
+            "Input validation error: `Last-Event-ID` must be of the request in the path. "
+            f"Given: {event.request_id}"
+        )
+    return event
+
+
+async def _is_last(request: web.Request, event: EventId) -> bool:
+    found = await request.app[SERVICES].finder.status(event.request_id)
+    return found.has_ended and found.finish is not None and event.index == found.num_frames - 1
+
+
+def _status_body(status: RequestStatus) -> dict[str, Any]:
+    request, finish, failure = status.request, status.finish, status.failure
+    return {
+        "id": request.id,
+        "model": request.model,
+        "state": status.state.value,
+        "attempts": status.attempts,
+        "prompt_tokens": len(request.prompt_tokens),
+        "generated_tokens": status.num_tokens,
+        "max_new_tokens": request.stopping.max_new_tokens,
+        "priority": request.priority,
+        "on_disconnect": request.on_disconnect.value,
+        "created_at": status.created_at,
+        "deadline_at": status.deadline_at,
+        "finish_reason": finish.reason.value if finish else None,
+        "error": failure.message if failure else None,
+        "error_type": failure.kind if failure else None,
+    }

@@ -1,0 +1,33 @@
+"""Bodies of the routes that cloud platforms ask for (SageMaker, Vertex AI), and of /chat_tokenize."""
+
+from pydantic import BaseModel, Field, RootModel
+
+from gateway.schemas.native import Body, CompatBody, GenerateBody, TokenSpan
+from gateway.schemas.openai import ChatBody, CompletionBody
+
+
+class InvocationBody(RootModel[CompatBody | ChatBody | CompletionBody]):
+    """With `inputs` the body of `POST /`, else with `messages` a chat's, else a completion's."""
+
+    model_config = {"json_schema_extra": {"examples": [{"inputs": "The capital of France is"}]}}
+
+
+class VertexBody(Body):
+    """Prompts or conversations, each with its own parameters."""
+
+    instances: list[GenerateBody | ChatBody] = Field(
+        examples=[[{"inputs": "The capital of France is", "parameters": {"max_new_tokens": 8}}]]
+    )
+
+
+class VertexAnswer(BaseModel):
+    """A text for every instance, in their order."""
+
+    predictions: list[str]
+
+
+class ChatTokens(BaseModel):
+    """A conversation as the model sees it."""
+
+    tokenize_response: list[TokenSpan]
+    templated_text: str

@@ -1,0 +1,81 @@
+"""A TCP proxy in front of the broker that misbehaves on command: what lies between a fleet and its broker."""
+
+import asyncio
+import socket
+import struct
+from typing import Self
+
+
+class FaultProxy:
+    """Modes: `pass`, `blackhole` (nothing arrives), `dropreply` (requests arrive, replies do not), `reset`
+    (connections are refused), `delay:<ms>`."""
+
+    def __init__(self, upstream_port: int) -> None:
+        self.mode = "pass"
+        self.num_connections = 0
+        self._upstream_port = upstream_port
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._pumps: set[asyncio.Task] = set()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        self.cut()
+        for task in self._pumps:
+            task.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/0"
+
+    def cut(self) -> None:
+        """Break every connection with a reset."""
+        for writer in list(self._writers):
+            _reset(writer)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.num_connections += 1
+        if self.mode == "reset":
+            _reset(writer)
+            return
+        try:
+            up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self._upstream_port)
+        except OSError:
+            _reset(writer)
+            return
+        self._writers |= {writer, up_writer}
+        for source, target, is_reply in ((reader, up_writer, False), (up_reader, writer, True)):
+            task = asyncio.create_task(self._pump(source, target, is_reply))
+            self._pumps.add(task)
+            task.add_done_callback(self._pumps.discard)
+
+    async def _pump(
+        self, source: asyncio.StreamReader, target: asyncio.StreamWriter, is_reply: bool
+    ) -> None:
+        try:
+            while data := await source.read(65536):
+                mode, _, argument = self.mode.partition(":")
+                if mode == "blackhole" or (mode == "dropreply" and is_reply):
+                    continue
+                if mode == "delay":
+                    await asyncio.sleep(float(argument) / 1000)
+                target.write(data)
+                await target.drain()
+        except OSError:
+            pass  # the other side is gone; so is this one, now
+        finally:
+            self._writers.discard(target)
+            _reset(target)
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """Close with RST, not FIN, as a crashed machine's firewall would."""
+    connection = writer.get_extra_info("socket")
+    if connection is not None and connection.fileno() >= 0:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()

@@ -1,0 +1,50 @@
+"""What the sampler keeps of the sequence in a slot."""
+
+from dataclasses import dataclass
+
+from common.messages import Sampling
+from worker.engine.plan import SequenceStart
+from worker.sampling.grammar import GrammarMatcher
+from worker.sampling.history import TokenHistory
+
+
+@dataclass(slots=True)
+class SlotState:
+    """The rules of a sequence, and the memory that they need."""
+
+    sampling: Sampling
+    num_prompt_tokens: int
+    min_new_tokens: int
+    last_token: int
+    history: TokenHistory | None  # None: no penalty asks for it
+    grammar: GrammarMatcher | None
+
+    @classmethod
+    def of(cls, start: SequenceStart, grammar: GrammarMatcher | None) -> "SlotState":
+        """What the sequence generated before counts for its penalties."""
+        rules = start.sampling
+        has_penalty = (
+            rules.repetition_penalty != 1 or rules.frequency_penalty or rules.presence_penalty
+        )
+        history = TokenHistory(start.prompt_tokens, start.output_tokens) if has_penalty else None
+        return cls(
+            rules,
+            len(start.prompt_tokens),
+            start.min_new_tokens,
+            (start.output_tokens or start.prompt_tokens)[-1],
+            history,
+            grammar,
+        )
+
+    @property
+    def is_filtered(self) -> bool:
+        rules = self.sampling
+        return rules.top_k > 0 or rules.top_p < 1 or rules.typical_p < 1 or rules.min_p > 0
+
+    def record(self, token: int) -> None:
+        """The sequence generated this token."""
+        self.last_token = token
+        if self.history is not None:
+            self.history.record(token)
+        if self.grammar is not None:
+            self.grammar.record(token)
