@@ -30,11 +30,14 @@ metrics.py          every metric of this process
 fleet_metrics.py    gauges of queues and workers
 exposition.py       /metrics, summed over the processes of a port
 openai_validation.py  the same as validation.py, for OpenAI's bodies
+openai_parameters.py  rules of the parameters that OpenAI's bodies share
 chat.py             a conversation to a prompt
 chat_template.py    the model's own template, in a sandbox
 tool_calls.py       function calls: their schema, and readers that find them
 response_format.py  what an answer must look like, as a grammar
-openai_format.py    frames to OpenAI's JSON
+openai_format.py    answers in OpenAI's JSON
+openai_stream.py    frames to OpenAI's chunks
+openai_logprobs.py  log-probabilities in OpenAI's shapes
 openai_errors.py    errors in OpenAI's shape
 openapi.py          /openapi.json from routes and schemas
 static/             the documentation page

@@ -88,8 +88,9 @@ def chat_prompt(body: ChatBody, card: ModelCard, use: ToolUse) -> str:
     last = body.messages[-1]
     continues = body.continue_final_message
     if continues is None:
-        can_continue = last.role == "assistant" and not last.tool_calls and last.content
-        continues = bool(can_continue) and not body.add_generation_prompt
+        can_continue = last.role == "assistant" and not last.tool_calls
+        has_text = bool(messages[-1]["content"].strip())
+        continues = can_continue and has_text and not body.add_generation_prompt
     if continues and body.add_generation_prompt:
         raise ValidationError(
             "`continue_final_message` and `add_generation_prompt` cannot both be true",

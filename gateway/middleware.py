@@ -160,9 +160,7 @@ def error_response(request: web.Request, error: FleetError) -> web.Response:
         status, text = openai_status(error), openai_error_json(error)
     else:
         status, text = error.http_status, error_json(error)
-    return web.Response(
-        status=status, text=text, content_type="application/json", headers=headers
-    )
+    return web.Response(status=status, text=text, content_type="application/json", headers=headers)
 
 
 def _http_error(request: web.Request, error: web.HTTPException) -> web.StreamResponse:

@@ -7,28 +7,19 @@ import asyncio
 import secrets
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, NoReturn
+from typing import Any
 
-from common.errors import ValidationError
-from common.messages import GenerationRequest, Grammar, ModelCard, Sampling, Stopping
+from common.messages import GenerationRequest, Sampling
 from gateway.chat import ToolChoice, ToolUse, chat_prompt, tool_use_of
 from gateway.grammar import require_valid
 from gateway.model_directory import ServedModel
-from gateway.openai_errors import ContextLengthExceeded
+from gateway.openai_parameters import check_chat, check_common, require, sampling_of, stopping_of
 from gateway.response_format import grammar_of
 from gateway.schemas.openai import ChatBody, CommonBody, CompletionBody
 from gateway.settings import GatewaySettings
-from gateway.validation import checked_logit_bias
 
-_MOST_ANSWERS = 128  # OpenAI's limit of `n`
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's, of completions
 _SEED_STEP = 0x9E3779B97F4A7C15  # between the answers of one seed; odd, so that none comes twice
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "modalities": (["text"],),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
-    "functions": ([],),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +73,12 @@ async def validate_completion(
     traceparent: str = "",
 ) -> ValidCall:
     """Check a body of /v1/completions against a model. Raises ValidationError."""
-    _check_common(body, settings)
-    _require(not body.suffix, "`suffix` is not supported by this model; leave it out")
+    check_common(body, settings)
+    require(not body.suffix, "`suffix` is not supported by this model; leave it out")
     num_logprobs, largest = body.logprobs or 0, settings.max_top_n_tokens
-    _require(0 <= num_logprobs <= largest, f"`logprobs` must be >= 0 and <= {largest}")
+    require(0 <= num_logprobs <= largest, f"`logprobs` must be >= 0 and <= {largest}")
     echoes = bool(body.echo)
-    _require(
+    require(
         not (echoes and num_logprobs),
         "`logprobs` > 0 with `echo` is not supported: alternatives of a prompt's tokens are not "
         "computed. Use `logprobs`: 0",
@@ -96,14 +87,14 @@ async def validate_completion(
     drops_answer = echoes and body.max_tokens == 0
     max_tokens = 1 if drops_answer else body.max_tokens
     texts, token_lists = await _prompts(body, model, settings)
-    sampling = _sampling(body, model.card, top_n_tokens=num_logprobs, grammar=None)
+    sampling = sampling_of(body, model.card, top_n_tokens=num_logprobs, grammar=None)
     requests = [
         GenerationRequest(
             id=request_id,
             model=model.name,
             prompt_tokens=tokens,
             sampling=sampling,
-            stopping=_stopping(
+            stopping=stopping_of(
                 body, model.card, len(tokens), max_tokens, default=_DEFAULT_MAX_TOKENS
             ),
             prompt_logprobs=echoes and body.logprobs is not None,
@@ -137,11 +128,11 @@ async def validate_chat(
     traceparent: str = "",
 ) -> ValidCall:
     """Check a body of /v1/chat/completions against a model. Raises ValidationError and TemplateError."""
-    _check_common(body, settings)
-    _check_chat(body, settings)
+    check_common(body, settings)
+    check_chat(body, settings)
     tools = tool_use_of(body)
     grammar = tools.grammar() or grammar_of(body.response_format)
-    _require(
+    require(
         grammar is None or tools.choice is not ToolChoice.AUTO,
         "`response_format` with `tools` needs a `tool_choice` other than `auto`",
     )
@@ -149,7 +140,7 @@ async def validate_chat(
         await require_valid(grammar)
     text = await asyncio.to_thread(chat_prompt, body, model.card, tools)
     tokens = tuple(await model.tokenizer.encode(text, adds_special_tokens=False))
-    _require(bool(tokens), "`messages` must make at least one token")
+    require(bool(tokens), "`messages` must make at least one token")
     max_tokens = (
         body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     )
@@ -157,13 +148,13 @@ async def validate_chat(
         id=request_id,
         model=model.name,
         prompt_tokens=tokens,
-        sampling=_sampling(
+        sampling=sampling_of(
             body,
             model.card,
             top_n_tokens=body.top_logprobs or 0,
             grammar=grammar,
         ),
-        stopping=_stopping(body, model.card, len(tokens), max_tokens, default=None),
+        stopping=stopping_of(body, model.card, len(tokens), max_tokens, default=None),
         priority=1 if body.priority is None else body.priority,
         created_at=created_at,
         deadline_s=settings.request_deadline_s,
@@ -182,62 +173,8 @@ async def validate_chat(
     )
 
 
-def _require(is_met: bool, rule: str) -> None:
-    if not is_met:
-        _refuse(rule)
-
-
-def _refuse(rule: str) -> NoReturn:
-    raise ValidationError(f"Input validation error: {rule}", param=rule.split("`")[1])
-
-
 def _includes_usage(body: CommonBody) -> bool:
     return bool(body.stream_options and body.stream_options.include_usage)
-
-
-def _check_common(body: CommonBody, settings: GatewaySettings) -> None:
-    ranges = (
-        ("temperature", 0.0, 2.0),
-        ("top_p", 0.0, 1.0),
-        ("frequency_penalty", -2.0, 2.0),
-        ("presence_penalty", -2.0, 2.0),
-        ("min_p", 0.0, 1.0),
-        ("n", 1, _MOST_ANSWERS),
-    )
-    for name, smallest, largest in ranges:
-        value = getattr(body, name)
-        _require(
-            value is None or smallest <= value <= largest,
-            f"`{name}` must be >= {smallest} and <= {largest}. Given: {value}",
-        )
-    _require(
-        body.repetition_penalty is None or body.repetition_penalty > 0,
-        f"`repetition_penalty` must be strictly positive. Given: {body.repetition_penalty}",
-    )
-    _require(body.top_k is None or body.top_k >= -1, f"`top_k` must be >= -1. Given: {body.top_k}")
-    _require(
-        body.stream_options is None or bool(body.stream),
-        "`stream_options` needs `stream`: true; leave it out",
-    )
-    stops, most = _stops(body), settings.max_stop_sequences
-    _require(len(stops) <= most, f"`stop` takes up to {most} texts. Given: {len(stops)}")
-    _require("" not in stops, "`stop` must not contain an empty text")
-
-
-def _check_chat(body: ChatBody, settings: GatewaySettings) -> None:
-    for name, declared in ChatBody.model_fields.items():
-        is_unsupported = bool(declared.json_schema_extra)
-        value = getattr(body, name)
-        if is_unsupported and value is not None and value not in _NEUTRAL.get(name, ()):
-            _refuse(f"`{name}` is not supported; leave it out")
-    both = (body.max_tokens, body.max_completion_tokens)
-    _require(
-        None in both or both[0] == both[1],
-        "`max_tokens` and `max_completion_tokens` are the same; set one of them",
-    )
-    largest, top = settings.max_top_n_tokens, body.top_logprobs or 0
-    _require(0 <= top <= largest, f"`top_logprobs` must be >= 0 and <= {largest}. Given: {top}")
-    _require(not top or bool(body.logprobs), "`top_logprobs` needs `logprobs`: true")
 
 
 def _num_candidates(body: CompletionBody, settings: GatewaySettings) -> int:
@@ -245,15 +182,15 @@ def _num_candidates(body: CompletionBody, settings: GatewaySettings) -> int:
     if best_of is None:
         return num_answers
     largest = max(settings.max_best_of, num_answers)
-    _require(
+    require(
         num_answers <= best_of <= largest,
         f"`best_of` must be >= `n` and <= {largest}. Given: {best_of}",
     )
-    _require(
+    require(
         best_of == num_answers or not body.stream, "`best_of` > `n` is not supported when streaming"
     )
     is_greedy = body.temperature == 0
-    _require(best_of == 1 or not is_greedy, "`best_of` > 1 needs a `temperature` above 0")
+    require(best_of == 1 or not is_greedy, "`best_of` > 1 needs a `temperature` above 0")
     return best_of
 
 
@@ -264,8 +201,8 @@ async def _prompts(
     prompt, most = body.prompt, settings.max_client_batch_size
     is_one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))
     given: list[Any] = [prompt] if is_one else list(prompt)
-    _require(bool(given), "`prompt` cannot be an empty list")
-    _require(len(given) <= most, f"`prompt` takes up to {most} prompts. Given: {len(given)}")
+    require(bool(given), "`prompt` cannot be an empty list")
+    require(len(given) <= most, f"`prompt` takes up to {most} prompts. Given: {len(given)}")
     texts, token_lists = [], []
     for entry in given:
         if isinstance(entry, str):
@@ -274,72 +211,11 @@ async def _prompts(
         else:
             size = model.card.vocab_size
             wrong = next((token for token in entry if token >= size), None)
-            _require(wrong is None, f"`prompt` takes token ids below {size}. Given: {wrong}")
+            require(wrong is None, f"`prompt` takes token ids below {size}. Given: {wrong}")
             texts.append(model.tokenizer.decode(entry) if body.echo else "")
             token_lists.append(tuple(entry))
-        _require(bool(token_lists[-1]), "`prompt` must have at least one token")
+        require(bool(token_lists[-1]), "`prompt` must have at least one token")
     return texts, token_lists
-
-
-def _stops(body: CommonBody) -> tuple[str, ...]:
-    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-
-
-def _stopping(
-    body: CommonBody,
-    card: ModelCard,
-    num_prompt: int,
-    max_tokens: int | None,
-    *,
-    default: int | None,
-) -> Stopping:
-    left = card.max_total_tokens - num_prompt
-    if num_prompt > card.max_input_tokens or left < (max_tokens or 1):
-        raise ContextLengthExceeded(
-            f"This model's maximum context length is {card.max_total_tokens} tokens, of which a "
-            f"prompt may have {card.max_input_tokens}. However, you requested "
-            f"{num_prompt + (max_tokens or 1)} tokens ({num_prompt} in the prompt, "
-            f"{max_tokens or 1} in the completion). Please reduce the length of either one.",
-            param="messages" if isinstance(body, ChatBody) else "prompt",
-        )
-    if max_tokens is None:
-        max_tokens = left if default is None else min(default, left)
-    _require(max_tokens > 0, f"`max_tokens` must be strictly positive. Given: {max_tokens}")
-    min_tokens = body.min_tokens or 0
-    _require(
-        0 <= min_tokens <= max_tokens,
-        f"`min_tokens` must be >= 0 and <= {max_tokens}. Given: {min_tokens}",
-    )
-    return Stopping(
-        max_new_tokens=max_tokens,
-        min_new_tokens=min_tokens,
-        stop=_stops(body),
-        include_stop=bool(body.include_stop_str_in_output),
-        ignore_eos=bool(body.ignore_eos),
-    )
-
-
-def _sampling(
-    body: CommonBody, card: ModelCard, *, top_n_tokens: int, grammar: Grammar | None
-) -> Sampling:
-    """OpenAI's defaults: it samples at temperature 1; 0, like a `top_p` of 0, is greedy decoding."""
-    temperature = 1.0 if body.temperature is None else body.temperature
-    does_sample = temperature > 0 and body.top_p != 0
-    seed = secrets.randbits(64) if body.seed is None else body.seed % 2**64
-    return Sampling(
-        do_sample=does_sample,
-        temperature=temperature if does_sample else 1.0,
-        top_k=max(0, body.top_k or 0),
-        top_p=body.top_p or 1.0,
-        min_p=body.min_p or 0.0,
-        repetition_penalty=body.repetition_penalty or 1.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        presence_penalty=body.presence_penalty or 0.0,
-        logit_bias=checked_logit_bias(body.logit_bias, card),
-        seed=seed if does_sample else 0,
-        top_n_tokens=top_n_tokens,
-        grammar=grammar,
-    )
 
 
 def _multiplied(

@@ -34,7 +34,9 @@ def openapi_document(routes: Iterable[Route], *, version: str, has_key: bool) ->
     shown = [route for route in routes if route.tag]
     paths: dict[str, dict[str, Any]] = {}
     for route in shown:
-        paths.setdefault(route.shown_path, {})[route.method.lower()] = _operation(route, has_key=has_key)
+        paths.setdefault(route.shown_path, {})[route.method.lower()] = _operation(
+            route, has_key=has_key
+        )
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
@@ -125,7 +127,9 @@ def _schemas(routes: list[Route]) -> dict[str, Any]:
     asked = {route.body for route in routes if route.body}
     answered = {model for route in routes for model in (route.answer, route.event) if model}
     inputs = [(model, "validation") for model in sorted(asked, key=lambda model: model.__name__)]
-    outputs = sorted({*answered, *(route.error for route in routes)}, key=lambda model: model.__name__)
+    outputs = sorted(
+        {*answered, *(route.error for route in routes)}, key=lambda model: model.__name__
+    )
     both = [*inputs, *((model, "serialization") for model in outputs)]
     _, definitions = models_json_schema(both, ref_template=_REFERENCE)
     return definitions["$defs"]

@@ -192,19 +192,18 @@ class CallDetector:
 
 def call_schema(functions: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
     """The JSON schema of a call of one of `functions`, given as names and schemas of their parameters."""
-    definitions = {name: _moved(name, schema) for name, schema in functions.items()}
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": name},
-                "arguments": {"$ref": f"#/$defs/{_pointer(name)}"},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for name in functions
-    ]
+    calls, definitions = [], {}
+    for number, (name, parameters) in enumerate(functions.items()):
+        place = f"#/$defs/function{number}"
+        definitions[f"function{number}"] = _moved(parameters or {}, place)
+        calls.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": name}, "arguments": {"$ref": place}},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
     root = calls[0] if len(calls) == 1 else {"anyOf": calls}
     return {**root, "$defs": definitions}
 
@@ -219,9 +218,9 @@ def tools_as_text(tools: Iterable[Mapping[str, Any]], *, prompt: str | None) -> 
     return f"\n---\n{prompt}\n{functions}\n"
 
 
-def _moved(name: str, schema: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A schema of parameters as a definition: an object, whose references are from the new root."""
-    moved = _with_references(dict(schema or {}), f"#/$defs/{_pointer(name)}")
+def _moved(schema: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """A schema of parameters as a definition at `place`: an object, whose references are from the new root."""
+    moved = _with_references(dict(schema), place)
     return moved if "$ref" in moved else {**moved, "type": "object"}
 
 
@@ -236,11 +235,6 @@ def _with_references(value: Any, root: str) -> Any:
         else _with_references(item, root)
         for key, item in value.items()
     }
-
-
-def _pointer(name: str) -> str:
-    """A name as a part of a JSON pointer (RFC 6901)."""
-    return name.replace("~", "~0").replace("/", "~1")
 
 
 def _open_marker(text: str) -> int:

@@ -17,7 +17,8 @@ from gateway.handlers.outcome import observed, record_finish, record_stream, wit
 from gateway.handlers.system import model_entry, package_version
 from gateway.model_directory import ServedModel
 from gateway.openai_errors import openai_error_event
-from gateway.openai_format import Envelope, StreamFormat, answer_json, envelope_of
+from gateway.openai_format import Envelope, answer_json, envelope_of
+from gateway.openai_stream import StreamFormat
 from gateway.openai_validation import ValidCall, validate_chat, validate_completion
 from gateway.presentation import presentation_of
 from gateway.record import RECORD, RequestRecord

@@ -56,7 +56,8 @@ class Schemas {
 
   /** A body to start from: the examples of required fields and of a few others. */
   example(schema) {
-    const { properties = {}, required = [] } = this.resolve(schema) ?? {};
+    const { properties = {}, required = [], examples } = this.resolve(schema) ?? {};
+    if (examples) return examples[0];
     const body = {};
     for (const [name, field] of Object.entries(properties)) {
       if (field.examples && (required.includes(name) || name === "max_new_tokens")) body[name] = field.examples[0];
@@ -77,9 +78,17 @@ async function* events(response) {
     rest = blocks.pop();
     for (const block of blocks) {
       const lines = block.split("\n").filter((line) => line.startsWith("data:"));
-      if (lines.length) yield JSON.parse(lines.map((line) => line.slice(5)).join("\n"));
+      const data = lines.map((line) => line.slice(5)).join("\n").trim();
+      if (data && data !== "[DONE]") yield JSON.parse(data);
     }
   }
+}
+
+/** The text for people in an answer or an event, in TGI's shape or OpenAI's. */
+function textOf(data) {
+  if (data?.token) return data.token.special ? "" : data.token.text;
+  const choice = data?.choices?.[0];
+  return data?.generated_text ?? choice?.text ?? choice?.message?.content ?? choice?.delta?.content ?? "";
 }
 
 class TryBox {
@@ -139,7 +148,7 @@ class TryBox {
     try {
       const body = JSON.parse(text);
       const answer = Array.isArray(body) ? body[0] : body;
-      if (answer?.generated_text != null) this.said.textContent = answer.generated_text;
+      this.said.textContent = textOf(answer);
       this.raw.textContent = JSON.stringify(body, null, 2);
     } catch {
       this.raw.textContent = text || "(empty body)";
@@ -150,9 +159,9 @@ class TryBox {
     let count = 0;
     for await (const event of events(response)) {
       this.raw.textContent += `${JSON.stringify(event)}\n`;
-      if (event.error) return this.show(`${event.error_type}: ${event.error}`, true);
-      if (!event.token.special) this.said.textContent += event.token.text;
-      this.show(`${++count} tokens, ${seconds()}`);
+      if (event.error) return this.show(event.error.message ?? `${event.error_type}: ${event.error}`, true);
+      this.said.textContent += textOf(event);
+      this.show(`${++count} events, ${seconds()}`);
     }
   }
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from tokenizers import Tokenizer, processors
 
 from common.errors import GenerationFailed, Overloaded, Unavailable
 from common.messages import (
@@ -292,6 +293,19 @@ async def test_roles_and_history(client, fleet):
     await post(client, "chat/completions", messages=messages)
     text = prompt_of(client, fleet.requests[0])
     assert text == "<system>D<user>Hi<assistant><tool>2<a>1"
+
+
+async def test_special_tokens_are_added_to_prompts_but_not_to_chats(make_client, fleet):
+    tokenizer = Tokenizer.from_str(fleet.registry.tokenizers["bytes"].decode())
+    begin = tokenizer.token_to_id("!")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="! $0", special_tokens=[("!", begin)]
+    )
+    fleet.registry.tokenizers["bytes"] = tokenizer.to_str().encode()
+    client = await make_client()
+    await post(client, "completions", prompt="Hi")
+    await post(client, "chat/completions", messages=HI)
+    assert [request.prompt_tokens[0] == begin for request in fleet.requests] == [True, False]
 
 
 async def test_final_message_of_the_assistant_is_continued(client, fleet):

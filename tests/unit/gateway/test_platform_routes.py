@@ -60,3 +60,30 @@ async def test_chat_tokenize_shows_prompt_and_tokens(client):
     assert body["templated_text"] == "<u>Hi"
     assert [token["text"] for token in body["tokenize_response"]] == list("<u>Hi")
     assert body["tokenize_response"][1] | {"id": 0} == {"id": 0, "text": "u", "start": 1, "stop": 2}
+
+
+def example_of(schema: dict, schemas: dict) -> dict:
+    """The body that the documentation page starts from."""
+    schema = schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+    if "examples" in schema:
+        return schema["examples"][0]
+    required = schema.get("required", [])
+    fields = schema.get("properties", {}).items()
+    return {name: field["examples"][0] for name, field in fields if name in required}
+
+
+async def test_examples_of_the_documentation_run_as_shown(client, fleet):
+    card = fleet.registry.cards["tiny"]
+    fleet.registry.cards["tiny"] = replace(card, max_input_tokens=200, max_total_tokens=400)
+    await client.services.directory.refresh()
+    document = await (await client.get("/openapi.json")).json()
+    ran = set()
+    for path, operations in document["paths"].items():
+        if (body := operations.get("post", {}).get("requestBody")) is None:
+            continue
+        schema = body["content"]["application/json"]["schema"]
+        example = example_of(schema, document["components"]["schemas"])
+        response = await client.post(path, json=example)
+        assert response.status == 200, (path, example, await response.text())
+        ran.add(path)
+    assert ran >= {"/", "/generate", "/v1/chat/completions", "/vertex", "/invocations"}

@@ -122,9 +122,9 @@ def test_schema_forces_a_call_with_references_from_its_new_root():
         "additionalProperties": False,
         "$defs": {"Color": {"enum": ["red"]}},
     }
-    schema = call_schema({"paint": parameters, "a/b~c": None})
+    schema = call_schema({"paint": parameters, "a/b~c%20 d": None})
     check_grammar(Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema)))
     assert accepts(schema, '{"name":"paint","arguments":{"color":"red"}}')
-    assert accepts(schema, '{"name":"a/b~c","arguments":{"any":1}}')
+    assert accepts(schema, '{"name":"a/b~c%20 d","arguments":{"any":1}}')
     assert not accepts(schema, '{"name":"paint","arguments":{"color":"blue"}}')
     assert not accepts(schema, '{"name":"other","arguments":{}}')
