@@ -184,7 +184,7 @@ class EmbeddedBroker:
         except BaseException:
             await self.__aexit__()
             raise
-        log.debug("broker answers on %s", self.url)
+        log.info("broker answers on %s", self.url)
         self._keeper = asyncio.create_task(self._service.keep_running(), name="keep broker")
         return self
 
