@@ -112,6 +112,9 @@ class WorkerSettings:
     lease_s: float = setting(
         5.0, "Seconds without a sign of life after which another worker may take over."
     )
+    step_timeout_s: float = setting(
+        60.0, "Seconds after which a step counts as hung, and the lease is given up."
+    )
     drain_s: float = setting(20.0, "Seconds a stopping worker may spend on finishing what it runs.")
     echo_delay_ms: float = setting(0.0, "Echo model: time of one step.")
     echo_salt: str = setting(

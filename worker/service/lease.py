@@ -1,7 +1,7 @@
 """Keeps what this worker holds, and takes over what dead workers held.
 
-A heartbeat is tied to progress: a step that takes longer than the lease is a hang, and then somebody else may have
-the requests. That is safe at any time, because Redis refuses the frames of whoever lost a lease.
+A heartbeat is tied to progress: a step that takes longer than `--step-timeout-s` is a hang, and then somebody else may
+have the requests. That is safe at any time, because Redis refuses the frames of whoever lost a lease.
 """
 
 import asyncio
@@ -33,6 +33,7 @@ class Heartbeat:
         tokenizer: bytes,
         *,
         lease_s: float,
+        step_timeout_s: float,
         status: Callable[[], WorkerStatus],
         busy_since_s: Callable[[], float | None],
     ) -> None:
@@ -40,6 +41,7 @@ class Heartbeat:
         self._card = card
         self._tokenizer = tokenizer
         self._lease_s = lease_s
+        self._step_timeout_s = step_timeout_s
         self._status = status
         self._busy_since_s = busy_since_s
 
@@ -62,7 +64,7 @@ class Heartbeat:
         while True:
             await asyncio.sleep(self._lease_s / _BEATS_PER_LEASE)
             if self._is_hanging():
-                logger.error("a step takes longer than the lease, heartbeat withheld")
+                logger.error("a step takes longer than the step timeout, heartbeat withheld")
                 continue
             try:
                 await self.beat()
@@ -71,7 +73,7 @@ class Heartbeat:
 
     def _is_hanging(self) -> bool:
         since_s = self._busy_since_s()
-        return since_s is not None and time.monotonic() - since_s > self._lease_s
+        return since_s is not None and time.monotonic() - since_s > self._step_timeout_s
 
 
 class Reaper:

@@ -126,6 +126,7 @@ class Worker:
             card,
             loaded.tokenizer_json.encode(),
             lease_s=settings.lease_s,
+            step_timeout_s=settings.step_timeout_s,
             status=self._status,
             busy_since_s=lambda: self._loop.busy_since_s,
         )
