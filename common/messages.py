@@ -109,7 +109,9 @@ class GenerationRequest:
     deadline_s: float = 3600.0  # from the enqueueing on, by Redis' clock
     traceparent: str = ""  # W3C trace context, empty when tracing is off
     on_disconnect: OnDisconnect = OnDisconnect.RUN
-    fingerprint: str = ""  # of the client's body: a retry under the same id must be the same request
+    fingerprint: str = (
+        ""  # of the client's body: a retry under the same id must be the same request
+    )
     presentation: str = ""  # how the gateway shows the answer to who comes back; opaque to workers
 
 

@@ -10,7 +10,7 @@ import logging
 import random
 import ssl
 from collections import deque
-from typing import Any
+from typing import Any, Self
 
 import hiredis
 from redis.asyncio.connection import SSLConnection, UnixDomainSocketConnection, parse_url
@@ -67,7 +67,7 @@ class Subscriber:
         self._connection: _Connection | None = None
         self._task: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> "Subscriber":
+    async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._run(), name="subscriber")
         return self
 

@@ -62,7 +62,9 @@ class Process:
                     if text in line:
                         return line
                 if self.process.returncode is not None:
-                    raise AssertionError(f"{self.name} ended without {text!r}:\n{''.join(self.lines)}")
+                    raise AssertionError(
+                        f"{self.name} ended without {text!r}:\n{''.join(self.lines)}"
+                    )
                 self._changed.clear()
                 await self._changed.wait()
 

@@ -81,13 +81,21 @@ def test_brain_and_text_import_no_torch():
 
 def loaded_modules(statement: str) -> set[str]:
     """Top-level modules in a fresh interpreter after a statement."""
-    code = f"import sys; {statement}; print(' '.join({{name.split('.')[0] for name in sys.modules}}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = (
+        f"import sys; {statement}; print(' '.join({{name.split('.')[0] for name in sys.modules}}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return set(done.stdout.split())
 
 
 def test_gateway_runs_without_torch():
-    assert not loaded_modules("import gateway.app, gateway.cli") & {"torch", "transformers", "worker"}
+    assert not loaded_modules("import gateway.app, gateway.cli") & {
+        "torch",
+        "transformers",
+        "worker",
+    }
 
 
 def test_command_line_starts_light():
@@ -142,7 +150,9 @@ def test_only_click_reads_the_environment():
         for path in sources(package):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
-                    assert "reads no setting" in _line_before(path, node.lineno), f"{path}:{node.lineno}"
+                    assert "reads no setting" in _line_before(path, node.lineno), (
+                        f"{path}:{node.lineno}"
+                    )
 
 
 def _line_before(path: Path, number: int) -> str:
@@ -150,5 +160,7 @@ def _line_before(path: Path, number: int) -> str:
 
 
 def test_top_level_is_what_the_readme_says():
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert {name.split("/")[0] for name in listed.stdout.split()} <= TOP_LEVEL

@@ -7,7 +7,8 @@ import asyncio
 import json
 import time
 from dataclasses import dataclass, field
-from typing import Protocol
+from itertools import pairwise
+from typing import Protocol, Self
 
 import aiohttp
 
@@ -64,8 +65,7 @@ class RequestRecord:
     @property
     def gaps_s(self) -> list[float]:
         """Time between neighbouring token events; events of one network chunk have a gap of 0."""
-        times = self.token_times
-        return [after - before for before, after in zip(times, times[1:], strict=False)]
+        return [after - before for before, after in pairwise(self.token_times)]
 
 
 class StreamClient:
@@ -80,7 +80,7 @@ class StreamClient:
         self._timeout_s = timeout_s
         self._session: aiohttp.ClientSession | None = None
 
-    async def __aenter__(self) -> "StreamClient":
+    async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=None),

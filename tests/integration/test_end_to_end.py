@@ -49,7 +49,9 @@ async def test_both_routes_tell_the_same_text(fleet: Fleet, session: aiohttp.Cli
 
 
 async def test_two_workers_and_two_gateways_share_the_load(fleet: Fleet, session, redis: Redis):
-    await asyncio.gather(*(fleet.worker("--echo-delay-ms", "2", "--max-batch-size", "4") for _ in "ab"))
+    await asyncio.gather(
+        *(fleet.worker("--echo-delay-ms", "2", "--max-batch-size", "4") for _ in "ab")
+    )
     urls = await asyncio.gather(fleet.gateway(), fleet.gateway())
     answers = await asyncio.gather(
         *(generate(session, urls[n % 2], f"{n} {TEXT}", max_new_tokens=40) for n in range(32))
@@ -94,7 +96,9 @@ async def test_client_that_leaves_frees_the_worker(fleet: Fleet, session, redis:
     assert sorted(states) == [b"cancelled", b"finished"]
 
 
-async def test_worker_killed_in_mid_stream_is_replaced(fleet: Fleet, session: aiohttp.ClientSession):
+async def test_worker_killed_in_mid_stream_is_replaced(
+    fleet: Fleet, session: aiohttp.ClientSession
+):
     first = await fleet.worker("--echo-delay-ms", "20", "--lease-s", "1")
     url = await fleet.gateway()
     events = stream(session, url, TEXT, max_new_tokens=60)

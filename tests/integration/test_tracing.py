@@ -43,7 +43,9 @@ async def collector():
     await server.stop(grace=None)
 
 
-async def test_trace_reaches_from_the_caller_to_the_last_token(redis_url: str, collector: Collector):
+async def test_trace_reaches_from_the_caller_to_the_last_token(
+    redis_url: str, collector: Collector
+):
     fleet = Fleet(redis_url)
     try:
         async with asyncio.timeout(60):
@@ -57,7 +59,10 @@ async def test_trace_reaches_from_the_caller_to_the_last_token(redis_url: str, c
         await fleet.stop()
     spans = collector.spans
     http = next(span for name, span in spans.items() if "/generate" in name)
-    assert http.trace_id.hex() == CALLER.split("-")[1] and http.parent_span_id.hex() == "b7ad6b7169203331"
+    assert (
+        http.trace_id.hex() == CALLER.split("-")[1]
+        and http.parent_span_id.hex() == "b7ad6b7169203331"
+    )
     assert spans["generate"].parent_span_id == http.span_id
     for phase in ("queue", "prefill", "decode"):
         assert spans[phase].parent_span_id == spans["generate"].span_id

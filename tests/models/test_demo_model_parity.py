@@ -105,10 +105,10 @@ def pair(
     pair.engine.close()
 
 
-def answers_of(engine: Engine, prompts: list[tuple[int, ...]], max_step_tokens: int) -> list[list[int]]:
-    done, _ = run_scheduled(
-        engine, prompts, max_step_tokens=max_step_tokens, num_tokens=NUM_TOKENS
-    )
+def answers_of(
+    engine: Engine, prompts: list[tuple[int, ...]], max_step_tokens: int
+) -> list[list[int]]:
+    done, _ = run_scheduled(engine, prompts, max_step_tokens=max_step_tokens, num_tokens=NUM_TOKENS)
     return [one.tokens for one in done]
 
 

@@ -20,9 +20,7 @@ def load_model(settings: WorkerSettings) -> LoadedModel:
                 "`num_shard` must be 1 with the echo model, which has nothing to share"
             )
         if settings.quantize is not None:
-            raise FleetError(
-                "`quantize` must be absent with the echo model, which has no weights"
-            )
+            raise FleetError("`quantize` must be absent with the echo model, which has no weights")
         return load_echo(settings)
     if settings.num_shard > 1:
         from worker.engine.sharded import load_sharded

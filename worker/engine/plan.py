@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from common.messages import Failure, Sampling
 
-NO_TOKEN = -1  # a `Sampled` whose logits were broken: fail this sequence, the others of the step are sound
+# A `Sampled` whose logits were broken: fail this sequence, the others of the step are sound.
+NO_TOKEN = -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,8 @@ from common.messages import (
 from common.request_queue import QueueDepth
 from common.worker_registry import WorkerStatus
 from gateway.admission import Admission
-from gateway.broker_health import BrokerHealth
 from gateway.app import create_app
+from gateway.broker_health import BrokerHealth
 from gateway.exposition import SharedMetrics
 from gateway.generation import Generator
 from gateway.metrics import GatewayMetrics

@@ -82,7 +82,9 @@ def test_frame_of_several_tokens_is_several_events_with_one_id():
     )
     first, last = text.strip().split("\n\n")
     assert first.startswith("data: ") and '"index":1' in first and '"generated_text":null' in first
-    assert last.startswith("id: r:4-ff\ndata: ") and '"generated_text":"ab\\n","details":null' in last
+    assert (
+        last.startswith("id: r:4-ff\ndata: ") and '"generated_text":"ab\\n","details":null' in last
+    )
 
 
 def test_finish_without_a_token_still_ends_the_stream():

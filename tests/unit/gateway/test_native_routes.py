@@ -236,7 +236,6 @@ async def test_stream_without_a_broker_ends_with_the_way_back(client, fleet, fra
     assert fleet.cancelled.empty(), "so that the client can come back"
 
 
-
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
 async def test_client_that_leaves_cancels_its_request(client, fleet, path, deadline):
     fleet.answer = None

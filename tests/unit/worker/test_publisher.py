@@ -43,7 +43,9 @@ class Scene:
         self.ended = []
         self.now = 0.0
         self.publisher = Publisher(
-            self.queue, clock=lambda: self.now, on_end=lambda sequence, frame: self.ended.append(frame)
+            self.queue,
+            clock=lambda: self.now,
+            on_end=lambda sequence, frame: self.ended.append(frame),
         )
         self.request = a_request()
         self.frames = frames_of(self.request.id, list(texts))
@@ -133,7 +135,9 @@ async def test_other_frames_in_the_journal_win(scene: Scene):
     await scene.publish(0)
     await scene.publisher.flush()
     assert scene.publisher.take_lost() == [scene.sequence]
-    assert scene.publisher.take_overtaken() == [replace(scene.lease, frames=tuple(other), left_s=50.0)]
+    assert scene.publisher.take_overtaken() == [
+        replace(scene.lease, frames=tuple(other), left_s=50.0)
+    ]
 
 
 async def test_silent_broker_holds_the_decoding(scene: Scene):
