@@ -128,8 +128,8 @@ def test_two_shards_say_what_one_says(checkpoint: Checkpoint, kind: str) -> None
 
 
 def test_four_shards_cut_blocks_of_four_bits(checkpoint: Checkpoint, family: str) -> None:
-    num_inputs = {"llama": "use another number of shards|key-value heads"}
-    message = num_inputs.get(family, "Given: 32; use another number of shards")
+    messages = {"llama": "use another number of shards|key-value heads"}
+    message = messages.get(family, "Given: 32; use another number of shards")
     with pytest.raises(Exception, match=message):
         checkpoint.driver(quantize="bitsandbytes-nf4", num_shards=4)
 
