@@ -24,6 +24,7 @@ CHAOS_SEED ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
 CODE := common gateway worker tests
+BUILT_FROM := setup.cfg pyproject.toml $(wildcard worker/kernels/cpu/*.cpp worker/kernels/cpu/*.h)
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) --editable
 
 .PHONY: help run test chaos model lint clean
@@ -62,12 +63,12 @@ $(DEMO)/config.json: | $(VENV)/installed
 	@echo "==> fetching the demo model into $(DEMO)"
 	$(BIN)/tokenfleet demo-model --output $(dir $(DEMO))
 
-$(VENV)/installed: setup.cfg pyproject.toml | $(BIN)/python
+$(VENV)/installed: $(BUILT_FROM) | $(BIN)/python
 	@echo "==> installing tokenfleet and what it needs into $(VENV)"
 	$(INSTALL) '.[gateway,worker,local]'
 	@touch $@
 
-$(VENV)/installed-test: setup.cfg pyproject.toml | $(BIN)/python
+$(VENV)/installed-test: $(BUILT_FROM) | $(BIN)/python
 	@echo "==> installing tokenfleet, what it needs and the tools of its tests into $(VENV)"
 	$(INSTALL) '.[gateway,worker,local,test]'
 	@touch $@ $(VENV)/installed

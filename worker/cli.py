@@ -1,6 +1,8 @@
 """`tokenfleet worker`. Imports torch only once its options have been read, and never in the launcher of
 shards."""
 
+import os
+
 import click
 from click.core import ParameterSource
 
@@ -20,6 +22,10 @@ def worker(settings: WorkerSettings) -> None:
 
 def _run(settings: WorkerSettings, context: click.Context) -> int:
     """This process is a whole worker, the launcher of several shards, or one of these."""
+    # OpenMP reads this when torch is imported. Its threads would spin for milliseconds on the cores
+    # that our own kernels' threads (worker/kernels/cpu/parallel.h) and the gateway need. A default
+    # for a library, which reads no setting of ours:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if settings.num_shard > 1 and settings.shard_rank is None:
         from worker.parallel.launch import run_group
 

@@ -28,6 +28,7 @@ from worker.engine.resolve import (
     resolve_eos_tokens,
     resolve_max_total_tokens,
     set_threads,
+    warn_of_slow_kernels,
 )
 from worker.layers.build import Build
 from worker.layers.linear import local_kv_heads
@@ -168,6 +169,7 @@ def _build(settings: WorkerSettings, shard: Shard) -> LoadedModel:
         head_backend=head_backend,
     )
     set_threads(settings, shard)
+    warn_of_slow_kernels(device)
     if not has_family(hf_config.get("architectures")):
         # Importing transformers takes seconds; our own families do without.
         from worker.engine.fallback import build_fallback

@@ -1,15 +1,19 @@
 """What settings leave open ("auto"), decided: by the machine, the model's files, and the shards
 that share a machine."""
 
+import logging
 import os
 
 import torch
 
 from worker.engine.memory import free_memory_bytes
+from worker.kernels.cpu.library import cpu_library, processor
 from worker.models.config import ConfigError, ServedConfig, token_list
 from worker.parallel.group import Shard
 from worker.settings import WorkerSettings
 from worker.weights.files import ModelFolder
+
+log = logging.getLogger(__name__)
 
 
 def resolve_max_total_tokens(settings: WorkerSettings, config: ServedConfig) -> int:
@@ -38,6 +42,16 @@ def set_threads(settings: WorkerSettings, shard: Shard) -> None:
         torch.set_num_threads(settings.threads)
     elif shard.size > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // shard.local_size))
+
+
+def warn_of_slow_kernels(device: torch.device) -> None:
+    """Say so if this CPU has to do with torch's operations."""
+    if device.type == "cpu" and cpu_library() is None:
+        log.warning(
+            "no kernels were compiled for this kind of processor (%s): torch's operations take "
+            "their place, and take about twice as long",
+            processor(),
+        )
 
 
 def cache_budget_bytes(device: torch.device, shard: Shard) -> int:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from worker.kernels import eager
+from worker.kernels.cpu.library import LANES, MAX_HEAD_DIM, cpu_kernels
 from worker.kernels.eager import ScoreRules
 from worker.kernels.metadata import (
     AttentionMetadata,
@@ -119,6 +120,10 @@ def _decode(
     """One query a sequence. The g heads of a group become g queries of one head, so each key is
     read once."""
     num_rows, (_, num_heads, dim) = group.stop - group.start, q.shape
+    kernels = cpu_kernels(q.device, q.dtype) if rules is None else None
+    if kernels is not None and dim % LANES == 0 and dim <= MAX_HEAD_DIM:
+        queries = q[group.start : group.stop]
+        return kernels.paged_decode(queries, rows, group.blocks, group.keep, group.mask, scale)
     both_heads = rows.shape[2]
     kv_heads = both_heads // 2
     gathered = rows.index_select(0, group.blocks).view(num_rows, -1, both_heads, dim)[:, group.keep]

@@ -6,6 +6,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from worker.kernels.cpu.library import LANES, cpu_kernels
+
 _gelu_tanh = partial(F.gelu, approximate="tanh")
 
 # Several names are one function: they were written out in different ways, for speed or for older
@@ -33,5 +35,8 @@ def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def gated(x: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """function(gate) * up for `x` = [gate | up] along the last dimension (Shazeer 2020)."""
+    kernels = cpu_kernels(x.device, x.dtype) if function is F.silu else None
+    if kernels is not None and x.shape[-1] % (2 * LANES) == 0:
+        return kernels.silu_gated(x)
     gate, up = x.chunk(2, dim=-1)
     return function(gate).mul_(up)

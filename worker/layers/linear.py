@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from worker.kernels.cpu.library import packed_product
 from worker.layers.build import Build
 from worker.weights.pieces import Piece, whole
 from worker.weights.rows import RowMap, by_heads, row_pieces, side_by_side
@@ -35,6 +36,9 @@ PACK_ROWS_HINT = 32
 def matrix_product(weight: torch.Tensor, bias: torch.Tensor | None) -> MatrixProduct:
     """The fastest product that this device has for a weight `[N, K]` of this type: the backend
     of what is not quantized."""
+    product = packed_product(weight, bias)
+    if product is not None:
+        return product
     if can_pack(weight):
         return _packed(weight, bias)
     return lambda x: F.linear(x, weight, bias)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from worker.kernels.cpu.library import LANES, cpu_kernels
 from worker.layers.build import Build
 from worker.weights.pieces import whole
 
@@ -24,6 +25,9 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shape, dtype = self.weight.shape, self.weight.dtype
+        kernels = cpu_kernels(x.device, dtype)
+        if kernels is not None and x.dtype == dtype and shape[0] % LANES == 0:
+            return kernels.rms_norm(x, self.weight, self.eps)
         if dtype == torch.float32:
             return F.rms_norm(x, shape, self.weight, self.eps)
         return F.rms_norm(x.float(), shape, None, self.eps).to(dtype).mul_(self.weight)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from worker.kernels.cpu.library import LANES, cpu_kernels
+
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -45,8 +47,12 @@ class Rotation:
 
     def apply_(self, x: torch.Tensor) -> None:
         """Turn the heads `x` `[T, h, d]` in place."""
+        kernels = cpu_kernels(x.device, x.dtype)
+        if kernels is not None and x.shape[-1] % (2 * LANES) == 0:
+            return kernels.rotate_(x, self.cos, self.sin)
         swapped = x.roll(x.shape[-1] // 2, dims=-1)
         x.mul_(self.cos).addcmul_(swapped, self.sin)
+        return None
 
 
 class RotaryEmbedding:
