@@ -22,6 +22,7 @@ from torch import Tensor
 
 from common.messages import Sampling
 from worker.engine.plan import NO_TOKEN, Sampled, SequenceStart
+from worker.kernels.cpu.library import greedy_choice
 from worker.sampling import processors
 from worker.sampling.adjust import adjust_
 from worker.sampling.grammar import Grammars
@@ -233,6 +234,10 @@ class Sampler:
 
 def _choose_greedily(rows: list[int], logits: Tensor) -> _Choice:
     """The largest logit, the lowest token among equals."""
+    choice = greedy_choice(logits)
+    if choice is not None:
+        tokens, chosen, log_total = choice
+        return _Choice(rows, tokens, chosen - log_total, logits, log_total)
     tokens = logits.argmax(dim=-1)
     log_total = logits.logsumexp(dim=-1)
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.kernels.cpu.library import cpu_kernels, cpu_library, packed_product
+from worker.kernels.cpu.library import cpu_kernels, cpu_library, greedy_choice, packed_product
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -151,6 +151,25 @@ def test_matrix_product(num_threads, num_rows, shape, has_bias):
     assert_near(product(x), expected)
     # A row's result depends neither on how many others there are nor on its place among them.
     assert torch.equal(product(x[-1:]), product(x)[-1:])
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 1000, 49_152])
+def test_greedy_choice(num_threads, size):
+    logits = torch.randn(5, size + 3).mul(4)[:, :size]
+    logits[2, size // 2 :] = logits[2].max()  # the first among equals
+    tokens, chosen, log_total = greedy_choice(logits)
+    assert torch.equal(tokens, logits.argmax(dim=-1))
+    assert torch.equal(chosen, logits.amax(dim=-1))
+    torch.testing.assert_close(log_total, logits.logsumexp(dim=-1))
+
+
+def test_greedy_choice_of_broken_logits_is_not_a_number():
+    logits = torch.randn(4, 100)
+    logits[0, 7] = float("nan")
+    logits[1, 7] = float("inf")
+    logits[2] = -float("inf")
+    logits[3, 7] = -float("inf")  # one that is only masked
+    assert greedy_choice(logits)[2].isnan().tolist() == [True, True, True, False]
 
 
 def test_library_is_one_that_this_processor_can_run():

@@ -6,5 +6,6 @@ vector.h            sixteen lanes; bfloat16 in memory
 parallel.h          items of work on torch's threads
 attention.cpp       one query a sequence over the paged cache
 elementwise.cpp     norm, rotary positions, gated activation
+sampling.cpp        the greedy choice
 matrix_product.cpp  bfloat16 products, where AVX512-BF16 is and AMX is not
 """

@@ -92,6 +92,22 @@ class CpuKernels:
         return out
 
 
+def greedy_choice(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Of rows `[n, V]` of float32: the largest logit's token, that logit and the row's logsumexp, each
+    `[n]`. None: there is no kernel for them. A logsumexp is NaN where a logit is NaN or infinite."""
+    library = cpu_library() if logits.device.type == "cpu" else None
+    if library is None or logits.dtype != torch.float32 or logits.stride(1) != 1:
+        return None
+    num_rows, size = logits.shape
+    tokens = torch.empty(num_rows, dtype=torch.int64)
+    largest, totals = torch.empty(num_rows), torch.empty(num_rows)
+    _function(library, "greedy_float32", "ppppiii")(
+        *(tokens.data_ptr(), largest.data_ptr(), totals.data_ptr(), logits.data_ptr()),
+        *(num_rows, size, logits.stride(0), torch.get_num_threads()),
+    )
+    return tokens, largest, totals.log_().add_(largest)
+
+
 class PackedProduct:
     """x Wᵀ + b in bfloat16, with the weight in the order that the processor reads it."""
 
