@@ -139,6 +139,7 @@ def run_scheduled(
     num_tokens: int = NUM_TOKENS,
     prefix_caching: bool = True,
     decoder_start_token: int | None = None,
+    sampling: Sampling = Sampling(),
 ) -> tuple[list[Driven], Scheduler]:
     """All prompts through the real scheduler, which chunks, shares prefixes and preempts.
 
@@ -151,7 +152,7 @@ def run_scheduled(
     names = {f"r{index}": one for index, one in enumerate(told)}
     for name, one in names.items():
         stopping = Stopping(num_tokens, ignore_eos=True)
-        request = GenerationRequest(name, "m", one.prompt, Sampling(), stopping)
+        request = GenerationRequest(name, "m", one.prompt, sampling, stopping)
         scheduler.add(Running(request, decoder_start_token=decoder_start_token))
     while (plan := scheduler.plan()) is not None:
         outputs = []

@@ -67,6 +67,8 @@ FAMILIES = {
         hidden_act="gelu_fast",
         rope_parameters=rope(1.0, rope_type="linear", factor=2.0),
     ),
+    # Heads of 32 features are the smallest for which every kernel of worker/kernels/cpu is used.
+    "neox-kernels": neox(hidden_size=96, rope_parameters=rope(1.0)),
     "opt": opt(),
     "opt-350m": opt(do_layer_norm_before=False, word_embed_proj_dim=20, num_attention_heads=3),
     "galactica": opt(enable_bias=False, activation_function="gelu", num_attention_heads=6),

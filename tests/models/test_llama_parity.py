@@ -57,6 +57,9 @@ FAMILIES = {
         **SIZES, use_sliding_window=True, sliding_window=11, max_window_layers=1
     ),
     "qwen3": transformers.Qwen3Config(**SIZES, head_dim=16),
+    # Heads of 32 features are the smallest for which every kernel of worker/kernels/cpu is used.
+    "mistral-window-kernels": transformers.MistralConfig(**SIZES, sliding_window=11, head_dim=32),
+    "qwen3-kernels": transformers.Qwen3Config(**SIZES, head_dim=32),
 }
 
 LONG, MIDDLE, SHORT = 37, 23, 5

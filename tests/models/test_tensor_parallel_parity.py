@@ -37,9 +37,25 @@ LLAMAS = {
     ),
     "qwen3-head-norms": transformers.Qwen3Config(**SIZES, head_dim=12),
 }
+# Of families whose other checkpoints have heads for two shards only.
+FOR_FOUR_SHARDS = {
+    "neox-8-heads": families.neox(
+        hidden_size=64, num_attention_heads=8, rope_parameters=families.rope(0.5)
+    ),
+    "neox-4-heads-in-a-row": families.neox(
+        num_attention_heads=4,
+        use_parallel_residual=False,
+        rope_parameters=families.rope(1.0),
+    ),
+    "galactica-12-heads": families.opt(
+        enable_bias=False, activation_function="gelu", num_attention_heads=12
+    ),
+    "bigcode-8-heads": families.bigcode(n_embd=64, n_head=8),
+    "bigcode-12-heads-all-keys": families.bigcode(multi_query=False, n_head=12),
+}
 # By family, the most shards that its heads and widths can be divided among.
 MOST_SHARDS = {
-    **dict.fromkeys(LLAMAS, 4),
+    **dict.fromkeys(LLAMAS | FOR_FOUR_SHARDS, 4),
     "bloom-6-heads": 2,
     "bloom-8-heads": 4,
     "neox-no-bias-tied": 2,
@@ -76,7 +92,7 @@ def checkpoint(
     if name not in checkpoints:
         checkpoints[name] = Checkpoint(
             tmp_path_factory.mktemp(name),
-            (LLAMAS | families.FAMILIES)[name],
+            (LLAMAS | FOR_FOUR_SHARDS | families.FAMILIES)[name],
             seed=families.SEEDS.get(name, 0),
             rewrite=families.as_the_original_santacoder if name == "santacoder" else None,
         )
@@ -104,6 +120,18 @@ def test_a_family(
     told, scheduler = run_scheduled(engine, PROMPTS, max_step_tokens=13)
     engine.close()
     assert scheduler.num_prefix_hit_tokens > 0
+    for one in told:
+        checkpoint.check(one)
+
+
+@pytest.mark.parametrize("checkpoint", ["llama-gqa", "bloom-8-heads"], indirect=True)
+def test_after_preemption(group: ShardGroup, checkpoint: Checkpoint) -> None:
+    """The pool holds one sequence of full length; what is computed again is so on every shard."""
+    settings = replace(settings_for(checkpoint), max_batch_total_tokens=64)
+    engine = group.load(settings).engine
+    told, scheduler = run_scheduled(engine, PROMPTS, max_step_tokens=32)
+    engine.close()
+    assert scheduler.num_preemptions > 0
     for one in told:
         checkpoint.check(one)
 

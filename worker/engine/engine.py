@@ -44,6 +44,7 @@ from worker.settings import WorkerSettings
 from worker.weights.files import ModelFolder
 from worker.weights.loader import load_weights
 from worker.weights.prepare import prepare_model
+from worker.weights.progress import in_log
 from worker.weights.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
 log = logging.getLogger(__name__)
@@ -179,7 +180,9 @@ def _build(settings: WorkerSettings, shard: Shard) -> LoadedModel:
     config = make_model.read_config(hf_config)
     resolve_max_total_tokens(settings, config)  # refuses before anything is loaded
     model = make_model(config, build).eval()
-    load_weights(model, make_model.weight_names(config), folder.weight_files(), device)
+    names = make_model.weight_names(config)
+    progress = in_log(log) if shard.rank == 0 else None
+    load_weights(model, names, folder.weight_files(), device, progress=progress)
     return serve_paged(settings, folder, build, config, model, served_by="engine")
 
 

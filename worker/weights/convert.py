@@ -4,21 +4,23 @@ from it (`weights_only`), so that it cannot run code, whoever made it.
     pytorch_model-00001-of-00002.bin ──mapped──► model-00001-of-00002.safetensors
     pytorch_model-00002-of-00002.bin ──mapped──► model-00002-of-00002.safetensors
     pytorch_model.bin.index.json                 model.safetensors.index.json       written last
+
+A file is copied in blocks from the mapping, so that memory holds a few of them and not a file; pages
+that the mapping has touched are the kernel's cache.
 """
 
 import json
 import logging
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from worker.weights.files import ModelFilesError
+from worker.weights.tensor_file import BLOCK_BYTES, header_of, stored_tensors
 
 log = logging.getLogger(__name__)
 
@@ -117,36 +119,51 @@ def _rank(name: str) -> int:
     return next(ends, 0)
 
 
-def _write(tensors: dict[str, Tensor], target: Path, source: Path) -> None:
+def _write(tensors: Mapping[str, Tensor], target: Path, source: Path) -> None:
     """Write, read again and compare; the file appears complete or not at all."""
+    # The widest types first, so that every tensor lies at a multiple of its type's size.
+    ordered = {
+        name: tensors[name] for name in sorted(tensors, key=lambda n: (-tensors[n].itemsize, n))
+    }
     partial = target.with_name(f".{target.name}.partial")
     try:
         try:
-            # A tensor may be a view of a larger one: `contiguous` copies exactly its own part.
-            own = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(own, partial, metadata={"format": "pt"})
-        except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            raise ModelFilesError(
-                f"{source} cannot be written as safetensors: {error}".splitlines()[0]
-            ) from error
-        _verify(tensors, partial, source)
-        partial.chmod(0o644)  # the library makes it private; a container's user must read it too
+            header = header_of({name: (one.dtype, one.shape) for name, one in ordered.items()})
+        except ValueError as error:
+            raise ModelFilesError(f"{source} cannot be written as safetensors: {error}") from error
+        with partial.open("wb") as stream:
+            stream.write(header)
+            for tensor in ordered.values():
+                for piece in _pieces(tensor):
+                    stream.write(piece.numpy().data)
+        _verify(ordered, partial, source)
         partial.rename(target)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _verify(tensors: Mapping[str, Tensor], written: Path, source: Path) -> None:
-    with safe_open(written, framework="pt") as file:
-        is_same = set(file.keys()) == set(tensors) and all(
-            _bytes(file.get_tensor(name)).equal(_bytes(tensor)) for name, tensor in tensors.items()
-        )
+    found = stored_tensors(written)
+    is_same = [(one.name, one.dtype, one.shape) for one in found] == [
+        (name, one.dtype, tuple(one.shape)) for name, one in tensors.items()
+    ]
+    with written.open("rb") as stream:
+        stream.seek(found[0].offset if found else 0)
+        for tensor in tensors.values():
+            for piece in _pieces(tensor):
+                is_same = is_same and stream.read(len(piece)) == piece.numpy().data
     if not is_same:
         raise ModelFilesError(
             f"what was written of {source} reads back differently: check the disk"
         )
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    """The contents bit by bit, so that a NaN equals itself."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """The contents bit by bit, in order, as short runs of bytes. A tensor may be a view of a larger
+    one, whose other parts are not its own."""
+    if tensor.numel() == 0:
+        return
+    rows = tensor.reshape(1) if tensor.dim() == 0 else tensor
+    row_bytes = max(1, rows[0].numel() * rows.itemsize)
+    for part in rows.split(max(1, BLOCK_BYTES // row_bytes)):
+        yield part.contiguous().reshape(-1).view(torch.uint8)

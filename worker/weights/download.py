@@ -1,7 +1,7 @@
 """The `download-weights` command: fetch a model into the hub's cache, ready to be served from there.
 
-A file that arrived stays; what is broken off is taken up with the next file, and a connection that
-breaks within a file goes on where it was. Files whose hash the hub tells are compared with it.
+What is broken off goes on where it was, within a file too, whether a connection broke or the process
+was killed. Files whose hash the hub tells are compared with it.
 """
 
 import hashlib
@@ -9,14 +9,12 @@ import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
 from common.errors import FleetError
 from worker.weights.files import (
     BIN_FILES,
-    UNWANTED,
     WANTED,
     ModelFilesError,
     ModelFolder,
@@ -24,6 +22,7 @@ from worker.weights.files import (
     has_safetensors,
     local_path,
 )
+from worker.weights.hub import HubModel
 from worker.weights.progress import Progress, on_stderr
 
 SAFETENSORS, BIN = ".safetensors", ".bin"
@@ -41,6 +40,10 @@ class Download:
     cache_dir: str | None = None
     extension: str = SAFETENSORS
     can_convert: bool = True
+
+    @property
+    def hub_model(self) -> HubModel:
+        return HubModel(self.model_id, self.revision, self.cache_dir)
 
 
 def download_model(wanted: Download, progress: Progress) -> ModelFolder:
@@ -63,7 +66,7 @@ def _fetch(wanted: Download, progress: Progress) -> ModelFolder:
     from huggingface_hub import errors
 
     try:
-        files = _snapshot(wanted, (*WANTED, *BIN_FILES), dry_run=True)
+        files = wanted.hub_model.planned((*WANTED, *BIN_FILES))
     except errors.DryRunError:  # the hub cannot be asked; the library knows why, if it matters
         return _from_cache(wanted, progress)
     as_bin = _chooses_bin(wanted, any(file.filename.endswith(SAFETENSORS) for file in files))
@@ -71,21 +74,21 @@ def _fetch(wanted: Download, progress: Progress) -> ModelFolder:
     missing = [f for f in files if f.will_download and not f.filename.endswith(other)]
     if not missing:
         progress.note(_PRESENT)
-        return _folder(_snapshot(wanted, _patterns(as_bin)))
+        return _snapshot(wanted, as_bin)
     num_bytes = sum(file.file_size or 0 for file in missing)
     text = f"Downloading {wanted.model_id}: {len(missing)} files, {num_bytes / 1e6:.1f} MB"
     blobs = Path(missing[0].local_path).parents[2] / "blobs"
     with progress.stage(text), _watched(blobs, num_bytes, progress):
-        return _folder(_snapshot(wanted, _patterns(as_bin)))
+        return _snapshot(wanted, as_bin)
 
 
 def _from_cache(wanted: Download, progress: Progress) -> ModelFolder:
     """What an earlier download left. Raises the library's errors when it lacks something."""
     folder = None
     if wanted.extension == SAFETENSORS:
-        folder = _folder(_snapshot(wanted, _patterns(as_bin=False)))
+        folder = _snapshot(wanted, as_bin=False)
     if _chooses_bin(wanted, folder is not None and has_safetensors(folder.path)):
-        folder = _folder(_snapshot(wanted, _patterns(as_bin=True)))
+        folder = _snapshot(wanted, as_bin=True)
     assert folder is not None
     progress.note(_PRESENT)
     return folder
@@ -100,10 +103,12 @@ def _chooses_bin(wanted: Download, is_there: bool) -> bool:
     return wanted.extension == BIN or not is_there
 
 
-def _patterns(as_bin: bool) -> tuple[str, ...]:
-    if not as_bin:
-        return WANTED
-    return (*(pattern for pattern in WANTED if "safetensors" not in pattern), *BIN_FILES)
+def _snapshot(wanted: Download, as_bin: bool) -> ModelFolder:
+    patterns: tuple[str, ...] = WANTED
+    if as_bin:
+        patterns = (*(one for one in WANTED if "safetensors" not in one), *BIN_FILES)
+    path = wanted.hub_model.snapshot(patterns)
+    return ModelFolder(path, revision=path.name)
 
 
 class _watched:
@@ -137,37 +142,6 @@ class _watched:
             except FileNotFoundError:  # it was just given its final name
                 continue
         return total
-
-
-def _snapshot(wanted: Download, patterns: tuple[str, ...], *, dry_run: bool = False) -> Any:
-    """The folder of the files; with `dry_run` a list of what would be downloaded."""
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(
-        wanted.model_id,
-        revision=wanted.revision,
-        cache_dir=wanted.cache_dir,
-        allow_patterns=list(patterns),
-        ignore_patterns=list(UNWANTED),
-        tqdm_class=_quiet_bars(),
-        dry_run=dry_run,
-    )
-
-
-def _folder(path: str) -> ModelFolder:
-    return ModelFolder(Path(path), revision=Path(path).name)
-
-
-def _quiet_bars() -> type:
-    """The library's progress bars, invisible: we show our own."""
-    from tqdm import tqdm
-
-    class Quiet(tqdm):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            options.pop("name", None)
-            super().__init__(*args, **options | {"disable": True})
-
-    return Quiet
 
 
 def _verify(folder: Path, progress: Progress) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from worker.weights.hub import HubModel
+
 # What an engine reads. Other formats of the same weights can be many times larger.
 WANTED = (
     "*.safetensors",
@@ -19,7 +21,6 @@ WANTED = (
     "*.py",  # a checkpoint's own code: small, and not run without --trust-remote-code
 )
 BIN_FILES = ("*.bin", "*.bin.index.json")  # of models that have no safetensors
-UNWANTED = ("original/*", "onnx/*", "consolidated*", "*/*", "training_args.bin", "optimizer.bin")
 
 # In the names of `.bin` files beside the weights, for example training_args.bin.
 _NO_WEIGHTS = ("arguments", "args", "training", "optimizer", "scheduler", "rng_state")
@@ -126,22 +127,11 @@ def local_path(model_id: str) -> Path | None:
 
 
 def _from_hub(model_id: str, revision: str | None, cache_dir: str | None) -> ModelFolder:
-    from huggingface_hub import snapshot_download
-
-    def fetch(patterns: tuple[str, ...]) -> Path:
-        path = snapshot_download(
-            model_id,
-            revision=revision,
-            cache_dir=cache_dir,
-            allow_patterns=patterns,
-            ignore_patterns=UNWANTED,
-        )
-        return Path(path)
-
+    model = HubModel(model_id, revision, cache_dir, has_bars=True)
     with explained_hub_errors(model_id, revision):
-        path = fetch(WANTED)
+        path = model.snapshot(WANTED)
         if not has_safetensors(path):
-            path = fetch(WANTED + BIN_FILES)
+            path = model.snapshot(WANTED + BIN_FILES)
     # The cache keeps each commit in a folder of its own: .../snapshots/<commit>.
     return ModelFolder(path, revision=path.name)
 

@@ -9,7 +9,6 @@ Sources: the GGUF specification, and llama.cpp's converter for what it did to th
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,8 @@ import gguf
 import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from worker.weights.tensor_file import header_of
 
 _TENSORS = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -62,7 +63,7 @@ def convert_gguf(
     tokenizer = byte_level_tokenizer(fields)
     shapes = {tensor_name(t.name): tuple(map(int, reversed(t.shape))) for t in reader.tensors}
     with (folder / "model.safetensors").open("wb") as file:
-        file.write(_safetensors_header(shapes))
+        file.write(header_of({name: (torch.bfloat16, shape) for name, shape in shapes.items()}))
         for done, tensor in enumerate(reader.tensors, start=1):
             weights = torch.from_numpy(_as_in_transformers(tensor, config)).to(torch.bfloat16)
             assert weights.shape == shapes[tensor_name(tensor.name)]
@@ -73,21 +74,6 @@ def convert_gguf(
         (folder / name).write_text(
             json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-
-
-def _safetensors_header(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
-    """The beginning of a safetensors file of bfloat16 tensors, which follow it in this order.
-
-    Written by hand, so that a model need not fit in memory: the library takes all tensors at once.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def tensor_name(name: str) -> str:

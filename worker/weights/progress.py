@@ -1,6 +1,7 @@
 """What takes how long, told to people: one line that is rewritten on a terminal, plain lines
 anywhere else."""
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -77,3 +78,10 @@ def on_stderr() -> Progress:
         sys.stderr.flush()
 
     return Progress(say, is_terminal=sys.stderr.isatty())
+
+
+def in_log(log: logging.Logger) -> Progress:
+    """For services: a line that is rewritten on a terminal, lines of the log anywhere else."""
+    if sys.stderr.isatty():
+        return on_stderr()
+    return Progress(lambda text: log.info("%s", text.rstrip()) if text else None, is_terminal=False)

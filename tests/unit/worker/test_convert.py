@@ -4,7 +4,10 @@ import json
 import os
 import pickle
 import stat
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,13 +223,59 @@ def test_index_that_names_what_is_not_there(tmp_path):
 
 
 def test_what_is_written_is_read_again(tmp_path, monkeypatch):
-    def damaged(tensors, path, metadata):
-        from safetensors.torch import save_file
+    from worker.weights import convert
 
-        save_file({name: tensor + 1 for name, tensor in tensors.items()}, path, metadata)
+    whole, calls = convert._pieces, []
 
-    monkeypatch.setattr("worker.weights.convert.save_file", damaged)
+    def damaged(tensor):
+        calls.append(tensor)
+        return (piece + (len(calls) == 1) for piece in whole(tensor))
+
+    monkeypatch.setattr(convert, "_pieces", damaged)
     torch.save({"a": torch.ones(4)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelFilesError, match="reads back differently"):
         convert_bin_files([tmp_path / "pytorch_model.bin"], tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["pytorch_model.bin"]
+
+
+CONVERSION = """
+import sys, threading
+from pathlib import Path
+from worker.weights.convert import convert_bin_files
+
+def anonymous_bytes():
+    line = next(l for l in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in l)
+    return int(line.split()[1]) * 1024
+
+before, most, is_over = anonymous_bytes(), [0], threading.Event()
+
+def watch():
+    while not is_over.wait(0.002):
+        most.append(anonymous_bytes())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+convert_bin_files([Path(sys.argv[1])], Path(sys.argv[2]))
+is_over.set()
+watcher.join()
+print(len(most), max(most) - before)
+"""
+
+
+def test_memory_holds_no_whole_file(tmp_path):
+    """What the process has for itself. Pages of the mapped file are the kernel's cache."""
+    base = torch.randn(2048, 1024)
+    state = {"whole": torch.randn(6144, 2048), "left": base[:, :512], "turned": base.T}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    (tmp_path / "out").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", CONVERSION, tmp_path / "pytorch_model.bin", tmp_path / "out"],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    num_samples, grown_bytes = map(int, done.stdout.split())
+    assert num_samples > 5
+    assert grown_bytes < 28 * 2**20, "of a file of 56 MiB"
+    assert_same(load_file(tmp_path / "out" / "model.safetensors"), state)

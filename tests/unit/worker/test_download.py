@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,6 +32,10 @@ class FakeHub:
     cut: dict[str, int] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)  # files that always end in an error
     damaged: set[str] = field(default_factory=set)
+    stall: dict[str, int] = field(default_factory=dict)  # as `cut`, but silent until `resume`
+    stalled: threading.Event = field(default_factory=threading.Event)
+    resume: threading.Event = field(default_factory=threading.Event)
+    ignores_ranges: bool = False
     downloads: list[tuple[str, int]] = field(default_factory=list)  # (file, first byte)
     url: str = ""
 
@@ -101,7 +106,8 @@ class Handler(BaseHTTPRequestHandler):
         if name in self.hub.damaged:
             data = bytes(len(data))
         first, status = 0, 200
-        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+        wanted = "" if self.hub.ignores_ranges else self.headers.get("Range", "")
+        if match := re.fullmatch(r"bytes=(\d+)-", wanted):
             first, status = int(match[1]), 206
             headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
         if self.command == "HEAD":
@@ -111,7 +117,7 @@ class Handler(BaseHTTPRequestHandler):
         if name in self.hub.broken:
             self.reply(500, b"")
             return
-        size = self.hub.cut.pop(name, None)
+        size = self.hub.cut.pop(name, None) or self.hub.stall.get(name)
         if size is None:
             self.reply(status, data[first:], headers)
             return
@@ -120,7 +126,18 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         self.wfile.write(data[first : first + size])
+        if self.hub.stall.pop(name, None):
+            self.hub.stalled.set()
+            self.hub.resume.wait(60)
         self.close_connection = True
+
+
+def until(is_so):
+    """Wait for what other processes do to files."""
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def is_large(name):
@@ -148,7 +165,7 @@ def hub():
 def tokenfleet(hub, tmp_path):
     """Runs the command in a process of its own: the library reads the environment when imported."""
 
-    def run(*arguments, **environment):
+    def command(arguments, environment):
         variables = {
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / "home"),
@@ -159,10 +176,13 @@ def tokenfleet(hub, tmp_path):
             **environment,
         }
         command = [sys.executable, "-m", "common.cli", "download-weights", *arguments]
-        root = Path(__file__).parents[3]
-        options = {"capture_output": True, "text": True, "timeout": 100}
-        return subprocess.run(command, cwd=root, env=variables, check=False, **options)
+        return {"args": command, "cwd": Path(__file__).parents[3], "env": variables}
 
+    def run(*arguments, **environment):
+        options = {"capture_output": True, "text": True, "timeout": 100}
+        return subprocess.run(**command(arguments, environment), check=False, **options)
+
+    run.start = lambda *arguments: subprocess.Popen(**command(arguments, {}))
     return run
 
 
@@ -225,6 +245,30 @@ def test_broken_connection_goes_on_where_it_was(hub, tokenfleet, tmp_path):
     assert (Path(done.stdout.strip()) / "model.safetensors").read_bytes() == data
 
 
+@pytest.mark.parametrize("ignores_ranges", [False, True])
+def test_killed_download_goes_on_within_its_file(hub, tokenfleet, tmp_path, ignores_ranges):
+    data = weights(tmp_path, columns=90_000)
+    hub.repositories["some/model"] = {"config.json": CONFIG, "model.safetensors": data}
+    hub.stall["model.safetensors"] = 12_000_000  # more than the library's pieces of 10 MiB
+    process = tokenfleet.start("some/model")
+    assert hub.stalled.wait(60)
+    blobs = tmp_path / "home" / "hub" / "models--some--model" / "blobs"
+    until(lambda: any(file.stat().st_size > 10_000_000 for file in blobs.glob("*.incomplete")))
+    process.kill()
+    process.wait()
+    hub.resume.set()
+    (partial,) = blobs.glob("*.incomplete")
+    size = partial.stat().st_size
+    hub.downloads.clear()
+    hub.ignores_ranges = ignores_ranges
+    done = tokenfleet("some/model")
+    assert done.returncode == 0, done.stderr
+    starts = [start for name, start in hub.downloads if name == "model.safetensors"]
+    assert starts == [0 if ignores_ranges else size]
+    assert (Path(done.stdout.strip()) / "model.safetensors").read_bytes() == data
+    assert not list(blobs.glob("*.incomplete"))
+
+
 def test_interrupted_download_keeps_the_files_that_arrived(hub, tokenfleet, tmp_path):
     parts = {f"model-{n}.safetensors": weights(tmp_path, seed=n) for n in (1, 2)}
     hub.repositories["some/model"] = {"config.json": CONFIG, **parts}
@@ -233,7 +277,7 @@ def test_interrupted_download_keeps_the_files_that_arrived(hub, tokenfleet, tmp_
     hub.broken = set()
     hub.downloads.clear()
     assert tokenfleet("some/model").returncode == 0
-    assert {name for name, _ in hub.downloads} == {"model-2.safetensors"}
+    assert {name for name, _ in hub.downloads} == {"config.json", "model-2.safetensors"}
 
 
 def test_damaged_file_is_found_and_deleted(hub, tokenfleet, tmp_path):

@@ -15,7 +15,8 @@ from worker.layers.build import Build
 from worker.models.config import ConfigError
 from worker.models.t5 import T5Model
 from worker.weights.files import ModelFolder
-from worker.weights.loader import WeightError, load_weights
+from worker.weights.loader import load_weights
+from worker.weights.matching import WeightError
 from worker.weights.tokenizer_files import read_tokenizer_files
 
 # What matters of t5-small's config.json.

@@ -1,6 +1,8 @@
 """Weights arrive whole, cut for each shard; and what does not fit is named."""
 
 import json
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,11 @@ from worker.layers.embedding import VocabularyEmbedding, VocabularyHead
 from worker.layers.linear import ColumnLinear, MergedColumnLinear, QkvLinear, RowLinear
 from worker.parallel.group import Shard
 from worker.weights.files import ModelFilesError, ModelFolder, find_model
-from worker.weights.loader import WeightError, load_weights
+from worker.weights.loader import load_weights
+from worker.weights.matching import WeightError
 from worker.weights.pieces import WeightNames, of_modules
+from worker.weights.progress import Progress
+from worker.weights.scratch import Scratch
 
 CPU = torch.device("cpu")
 HIDDEN, HEADS, KV_HEADS, DIM, VOCAB = 6, 4, 2, 3, 7
@@ -185,6 +190,96 @@ def test_several_files_with_an_index(tmp_path: Path) -> None:
         ModelFilesError, match="lacks weight files that its index names: b.safetensors"
     ):
         ModelFolder(tmp_path).weight_files()
+
+
+def test_a_file_that_is_damaged_is_named(tmp_path: Path) -> None:
+    save_file(tensors(), tmp_path / "model.safetensors")
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    for damaged, message in (
+        (whole[:-8], "model.safetensors ends too early"),
+        (whole[:60], "is no safetensors file"),
+        (b"", "is no safetensors file"),
+        (b"\xff" * 200, "is no safetensors file: a header of"),
+        (whole.replace(b'"F32"', b'"F99"'), "unknown type F99"),
+        (whole.replace(b"[7,6]", b"[7,5]"), "a shape that does not fit its bytes"),
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(ModelFilesError, match=message):
+            load_weights(Toy(Shard()), NAMES, [file], CPU)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_tensors_of_many_blocks(
+    tmp_path: Path, is_transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of two rows and a bit, and rows that are longer than a block."""
+    monkeypatch.setattr("worker.weights.tensor_file.BLOCK_BYTES", 5 * HIDDEN * 2)
+    test_fused_and_transposed_files_are_the_same_layer(tmp_path, "heads", HEADS, is_transposed, 2)
+    test_shards_sum_and_join_to_the_whole(tmp_path, 4)
+
+
+def test_what_fails_in_a_thread_is_told_and_ends_the_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: object) -> None:
+        raise ValueError("no room")
+
+    monkeypatch.setattr("worker.layers.linear.Linear.seal", fail)
+    with pytest.raises(ValueError, match="no room"):
+        load(tmp_path, tensors())
+
+
+def test_threads_of_a_load_leave_torch_as_it_was(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        load(tmp_path, tensors())
+        with ThreadPoolExecutor(1) as pool:  # a new thread asks what counts for new threads
+            assert pool.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_load_tells_how_far_it_is(tmp_path: Path) -> None:
+    save_file(tensors(), tmp_path / "model.safetensors")
+    said: list[str] = []
+    progress = Progress(said.append, is_terminal=True)
+    files = [tmp_path / "model.safetensors"]
+    load_weights(Toy(Shard()), NAMES, files, CPU, progress=progress)
+    assert said[0] == "Loading 1 file, 0.0 GB ..."
+    assert any("100 %" in line for line in said)
+
+
+def test_scratch_memory_is_used_again_once_nobody_uses_it() -> None:
+    scratch = Scratch()
+    first = scratch.empty((4, 100), torch.float32)
+    address = first.data_ptr()
+    view = first.detach()[1]
+    del first
+    second = scratch.empty((4, 100), torch.float32)
+    assert second.data_ptr() != address
+    del view
+    assert scratch.empty((8, 10), torch.bfloat16).data_ptr() != address, "too large for that"
+    third = scratch.empty((8, 60), torch.bfloat16)
+    assert third.data_ptr() == address
+    assert third.shape == (8, 60)
+
+
+def test_scratch_memory_ends_with_the_load() -> None:
+    """Also when a tensor of it lives on, because a backend keeps its weight as it is."""
+    tracemalloc.start()
+    try:
+        scratch = Scratch()
+        kept, packed = (scratch.empty((2**20,), torch.float32) for _ in range(2))
+        del packed
+        assert tracemalloc.get_traced_memory()[0] > 7 * 2**20
+        del scratch
+        assert 4 * 2**20 <= tracemalloc.get_traced_memory()[0] < 5 * 2**20
+        del kept
+        assert tracemalloc.get_traced_memory()[0] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_shards_must_divide_the_heads() -> None:
