@@ -5,6 +5,7 @@
 #   PORT=8080              where `make run` serves
 #   SERVE_ARGS='...'       more options for `tokenfleet serve`
 #   PYTEST_ARGS='-k ...'   more options for pytest
+#   FUZZ_ARGS='--seed 7'   options of the fuzzers: a seed to do again, --seconds, --case
 #   PIP_ARGS='...'         more options for pip. On Linux, PyPI's torch brings CUDA, some gigabytes; without an NVIDIA
 #                          GPU, name the package index of torch's CPU builds: PIP_ARGS='--extra-index-url <index>'
 
@@ -19,7 +20,9 @@ SERVE_ARGS ?=
 PYTEST_ARGS ?=
 PIP_ARGS ?=
 CHAOS_S ?= 600
-CHAOS_SEED ?= 1
+CHAOS_SEEDS ?= 1,2,3
+CHAOS_ARGS ?=
+FUZZ_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,13 +30,14 @@ CODE := common gateway worker tests
 BUILT_FROM := setup.cfg pyproject.toml $(wildcard worker/kernels/cpu/*.cpp worker/kernels/cpu/*.h)
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) --editable
 
-.PHONY: help run test chaos model lint clean
+.PHONY: help run test chaos fuzz model lint clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make run     install, fetch a small model, serve it on port $(PORT)"
 	@echo "make test    install, run every test, report coverage"
-	@echo "make chaos   break a fleet in every way for ten minutes, and write deploy/reliability.md"
+	@echo "make chaos   break a fleet in every way for ten minutes; goes on where it ended the last time"
+	@echo "make fuzz    shoot at a gateway: 5,000 requests from its schema, then five minutes of spoiled HTTP"
 	@echo "make model   fetch the small model into $(DEMO)"
 	@echo "make lint    check style and format"
 	@echo "make clean   remove what was built and installed here; fetched models stay"
@@ -47,7 +51,11 @@ test: $(VENV)/installed-test
 		--cov=common --cov=gateway --cov-report=term $(PYTEST_ARGS)
 
 chaos: $(VENV)/installed-test
-	$(BIN)/python -m tests.chaos --seconds $(CHAOS_S) --seed $(CHAOS_SEED) --report deploy/reliability.md
+	@mkdir -p .cache
+	$(BIN)/python -m tests.chaos --seeds $(CHAOS_SEEDS) --seconds $(CHAOS_S) --results .cache/chaos.jsonl $(CHAOS_ARGS)
+
+fuzz: $(VENV)/installed-test
+	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 model: $(DEMO)/config.json
 
@@ -56,7 +64,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff format --line-length 100 --check $(CODE)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .coverage* .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) .cache build dist *.egg-info .coverage* .hypothesis .pytest_cache .ruff_cache
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(DEMO)/config.json: | $(VENV)/installed

@@ -8,6 +8,7 @@ redis_keys.py       every Redis key, with its type, lifetime, writers and reader
 scripts/            the transitions of a request, one Lua script each
 lua.py              runs the scripts, again after a lost reply
 redis_client.py     opens clients of the broker
+sentinel.py         finds the broker that a set of Sentinels has chosen
 request_queue.py    both ends of the queue: enqueue and cancel, lease and append
 faults.py           points at which tests can break a process
 token_journal.py    reads a request's frames, each once and in order
@@ -23,6 +24,9 @@ cli.py              the `tokenfleet` command
 generate.py         the `generate` command: a prompt from the terminal
 queue_commands.py   the `queue` commands: depth, dead letters
 serve.py            the `serve` command: everything on one machine
+launcher.py         the same under the name and the flags of TGI's launcher
+tgi_flags.py        those of its flags that `serve` has not
+probe.py            asks a gateway of this machine whether it can answer
 supervisor.py       child processes, restarted and drained
 child.py            one of them
 leash.py            no child outlives its parent

@@ -1,24 +1,17 @@
-"""Dataclasses to msgpack and back.
+"""Messages to msgpack and back.
 
 Cold messages are maps by field name, so that a newer writer may add a field. Frames are positional arrays, because
 one is written for every token. Both start with a schema version: an unknown one is an error, never a guess.
 """
 
 import functools
-import types
-import typing
-from collections.abc import Callable
-from dataclasses import MISSING, fields, is_dataclass
-from enum import Enum
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import msgpack
+import msgspec
 
-from common.messages import Failure, Finish, FinishReason, Frame, Token, TopToken
+from common.messages import Failure, Finish, Frame, Token, TopToken
 
 SCHEMA_VERSION = 1
-
-_SCALARS = frozenset({int, float, str, bytes, bool})
 
 Message = TypeVar("Message")
 
@@ -27,130 +20,56 @@ class DecodeError(ValueError):
     """The bytes are no message of this schema version."""
 
 
-def encode(message: Any) -> bytes:
+def encode(message: object) -> bytes:
     """A message as msgpack: `[version, {field: value}]`."""
-    return msgpack.packb([SCHEMA_VERSION, _plain(message)])
+    return msgspec.msgpack.encode((SCHEMA_VERSION, message))
 
 
 def decode(cls: type[Message], data: bytes) -> Message:
     """The message of type `cls` in `data`. Raises DecodeError."""
-    body = _unpack(data)
     try:
-        return _reader(cls)(body[0])
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        version, body = _envelope().decode(data)
+        if version == SCHEMA_VERSION:
+            return _decoder(cls).decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DecodeError(f"not a {cls.__name__}: {error}") from error
+    raise DecodeError(f"schema version {version}, this process reads {SCHEMA_VERSION}")
+
+
+class _FrameOnWire(msgspec.Struct, frozen=True, array_like=True, tag=SCHEMA_VERSION):
+    """A frame as `[version, chain, ...]`: the chain hash is bytes 5 to 12, which `reseed.lua` compares."""
+
+    chain: bytes
+    tokens: tuple[Token, ...]
+    prompt: tuple[TopToken, ...] = ()
+    finish: Finish | None = None
+    failure: Failure | None = None
+
+
+_encode_frame = msgspec.msgpack.Encoder().encode
+_decode_frame = msgspec.msgpack.Decoder(_FrameOnWire).decode
 
 
 def encode_frame(frame: Frame) -> bytes:
-    """A frame as msgpack: `[version, chain, tokens, prompt, finish, failure]`, trailing empties left out."""
-    body: list[Any] = [SCHEMA_VERSION, frame.chain, [_token_row(token) for token in frame.tokens]]
-    if frame.prompt or frame.is_terminal:
-        body.append([_top_row(top) for top in frame.prompt])
-        finish, failure = frame.finish, frame.failure
-        if finish:
-            timings = [finish.queue_s, finish.prefill_s, finish.decode_s, finish.cached_tokens]
-            body.append([finish.reason.value, finish.generated_tokens, *timings])
-        elif failure:
-            body += [None, [failure.kind, failure.message]]
-    return msgpack.packb(body)
+    """A frame as msgpack: `[version, chain, tokens, prompt, finish, failure]`."""
+    wire = _FrameOnWire(frame.chain, frame.tokens, frame.prompt, frame.finish, frame.failure)
+    return _encode_frame(wire)
 
 
 def decode_frame(data: bytes) -> Frame:
     """The frame in `data`. Raises DecodeError."""
-    body = _unpack(data)
     try:
-        tokens = tuple(
-            Token(row[0], row[1], row[2], row[3], tuple(TopToken(*top) for top in row[4]))
-            for row in body[1]
-        )
-        if len(body) == 2:
-            return Frame(tokens, body[0])
-        prompt = tuple(TopToken(*row) for row in body[2])
-        finish = body[3] if len(body) > 3 else None
-        failure = body[4] if len(body) > 4 else None
-        return Frame(
-            tokens,
-            body[0],
-            prompt,
-            Finish(FinishReason(finish[0]), *finish[1:]) if finish else None,
-            Failure(*failure) if failure else None,
-        )
-    except (TypeError, ValueError, IndexError) as error:
+        wire = _decode_frame(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DecodeError(f"not a frame: {error}") from error
-
-
-def _token_row(token: Token) -> list[Any]:
-    top = [_top_row(top) for top in token.top]
-    return [token.id, token.text, token.logprob, token.is_special, top]
-
-
-def _top_row(top: TopToken) -> list[Any]:
-    return [top.id, top.text, top.logprob, top.is_special]
-
-
-def _unpack(data: bytes) -> list[Any]:
-    try:
-        body = msgpack.unpackb(data)
-    except ValueError as error:
-        raise DecodeError(f"not msgpack: {error}") from error
-    if not isinstance(body, list) or len(body) < 2:
-        raise DecodeError("not a versioned message")
-    if body[0] != SCHEMA_VERSION:
-        raise DecodeError(f"schema version {body[0]}, this process reads {SCHEMA_VERSION}")
-    return body[1:]
+    return Frame(wire.tokens, wire.chain, wire.prompt, wire.finish, wire.failure)
 
 
 @functools.cache
-def _field_names(cls: type) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(cls))
-
-
-def _plain(value: Any) -> Any:
-    kind = type(value)
-    if kind in _SCALARS or value is None:
-        return value
-    if kind is tuple:
-        # a prompt is thousands of numbers: those need no look at each
-        is_plain = not value or type(value[0]) in _SCALARS
-        return value if is_plain else [_plain(item) for item in value]
-    if is_dataclass(kind):
-        return {name: _plain(getattr(value, name)) for name in _field_names(kind)}
-    return value.value if isinstance(value, Enum) else value
+def _envelope() -> msgspec.msgpack.Decoder[tuple[int, msgspec.Raw]]:
+    return msgspec.msgpack.Decoder(tuple[int, msgspec.Raw])
 
 
 @functools.cache
-def _reader(kind: Any) -> Callable[[Any], Any]:
-    """What turns msgpack's value into one of this type; made once for each type."""
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        (inner,) = (_reader(part) for part in typing.get_args(kind) if part is not types.NoneType)
-        return lambda value: None if value is None else inner(value)
-    if origin is tuple:
-        return _tuple_reader(typing.get_args(kind))
-    if is_dataclass(kind):
-        return _dataclass_reader(kind)
-    is_enum = isinstance(kind, type) and issubclass(kind, Enum)
-    return kind if is_enum else lambda value: value
-
-
-def _tuple_reader(kinds: tuple[Any, ...]) -> Callable[[Any], Any]:
-    if len(kinds) == 2 and kinds[1] is Ellipsis:
-        item = _reader(kinds[0])
-        if kinds[0] in _SCALARS:
-            return tuple
-        return lambda value: tuple(item(part) for part in value)
-    items = tuple(_reader(kind) for kind in kinds)
-    return lambda value: tuple(read(part) for read, part in zip(items, value, strict=True))
-
-
-def _dataclass_reader(cls: type) -> Callable[[Any], Any]:
-    hints = typing.get_type_hints(cls)
-    readers = {name: _reader(hints[name]) for name in _field_names(cls)}
-    required = {field.name for field in fields(cls) if field.default is MISSING}
-
-    def read(value: dict[str, Any]) -> Any:
-        if missing := required - value.keys():
-            raise DecodeError(f"{cls.__name__} lacks {', '.join(sorted(missing))}")
-        return cls(**{name: readers[name](part) for name, part in value.items() if name in readers})
-
-    return read
+def _decoder(cls: type[Message]) -> msgspec.msgpack.Decoder[Message]:
+    return msgspec.msgpack.Decoder(cls)

@@ -7,7 +7,9 @@
     ├── ModelNotFound          404  no such model is served
     ├── RequestNotFound        404  no such request is known, or it ended too long ago
     ├── PayloadTooLarge        413  the body is longer than the limit
+    ├── RequestTimedOut        408  the client took too long to send it
     ├── Overloaded             429  the queue is full, try later
+    │   └── RateLimited        429  the client's key has used what it may
     ├── GenerationFailed       424  the worker failed on this request
     │   └── DeadlineExceeded   424  the request did not finish in time
     ├── Cancelled              499  the client asked for the end (never seen by that client)
@@ -83,6 +85,19 @@ class Overloaded(FleetError):
     def __init__(self, message: str = "", *, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class RateLimited(Overloaded):
+    """The key has used what it may; try later."""
+
+    kind = "rate_limited"
+
+
+class RequestTimedOut(FleetError):
+    """The request did not arrive in time."""
+
+    kind = "request_timeout"
+    http_status = 408
 
 
 class GenerationFailed(FleetError):

@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 from redis.asyncio import Redis
 from redis.exceptions import (
     BusyLoadingError,
+    ClusterDownError,
     ConnectionError,
+    MasterDownError,
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
@@ -22,6 +24,7 @@ from redis.exceptions import (
 )
 
 from common.errors import Unavailable
+from common.redis_client import BrokerRefuses
 
 TRANSIENT = (
     ConnectionError,
@@ -29,6 +32,9 @@ TRANSIENT = (
     BusyLoadingError,
     ReadOnlyError,
     OutOfMemoryError,
+    ClusterDownError,
+    MasterDownError,
+    BrokerRefuses,
     OSError,
 )
 _FIRST_PAUSE_S = 0.02

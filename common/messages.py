@@ -1,12 +1,15 @@
-"""The values that cross a process boundary, as frozen dataclasses. They know neither Redis, HTTP nor torch.
+"""The values that cross a process boundary, all frozen. They know neither Redis, HTTP nor torch.
 
 A `GenerationRequest` travels from the gateway to a worker, `Frame`s travel back, and a `ModelCard` tells the
-gateway what a fleet serves. `common.codec` turns each into bytes.
+gateway what a fleet serves. `common.codec` turns each into bytes. What is made for every token is a `msgspec.Struct`,
+made, written and read in a tenth of a dataclass's time; the others are dataclasses.
 """
 
 import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 
 class FinishReason(StrEnum):
@@ -115,8 +118,7 @@ class GenerationRequest:
     presentation: str = ""  # how the gateway shows the answer to who comes back; opaque to workers
 
 
-@dataclass(frozen=True, slots=True)
-class TopToken:
+class TopToken(msgspec.Struct, frozen=True, array_like=True):
     """An alternative to a chosen token, or a token of the prompt. `logprob` is None for a prompt's first token."""
 
     id: int
@@ -125,8 +127,7 @@ class TopToken:
     is_special: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(msgspec.Struct, frozen=True, array_like=True):
     """One generated token.
 
     `text` is what this token adds to the stream. It is empty while bytes of a character are missing or while the
@@ -140,8 +141,7 @@ class Token:
     top: tuple[TopToken, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
+class Finish(msgspec.Struct, frozen=True, array_like=True):
     """How a generation ended, with the times that the response headers report (seconds)."""
 
     reason: FinishReason
@@ -152,16 +152,14 @@ class Finish:
     cached_tokens: int = 0  # prompt tokens whose keys and values were found in the prefix cache
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(msgspec.Struct, frozen=True, array_like=True):
     """How a generation ended otherwise; `kind` names a class of `common.errors`."""
 
     kind: str
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(msgspec.Struct, frozen=True):
     """One element of a request's journal, and one event of its stream: its index in the journal is the event's id.
 
     Exactly one frame of a journal is terminal, and it is the last.
@@ -189,11 +187,10 @@ def first_chain(request_id: str) -> bytes:
 
 def next_chain(previous: bytes, tokens: tuple[Token, ...]) -> bytes:
     """Hash of everything generated so far; a reader that recomputes it notices any silent splice."""
-    digest = hashlib.blake2b(previous, digest_size=8)
+    told = [previous]
     for token in tokens:
-        digest.update(token.id.to_bytes(4, "little"))
-        digest.update(token.text.encode())
-    return digest.digest()
+        told += (token.id.to_bytes(4, "little"), token.text.encode())
+    return hashlib.blake2b(b"".join(told), digest_size=8).digest()
 
 
 @dataclass(frozen=True, slots=True)

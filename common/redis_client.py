@@ -7,30 +7,38 @@ from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import BusyLoadingError, ConnectionError, TimeoutError
+from redis.exceptions import BusyLoadingError, ConnectionError, ResponseError, TimeoutError
 
 from common.errors import Unavailable
+from common.sentinel import SentinelSet
 
 OLDEST_VERSION = (7, 0)
 BLOCK_MS = 1000  # longest wait of a blocking read; must stay below the socket timeout, which it does not extend
 _SOCKET_TIMEOUT_S = 3.0
+# What a broker says that cannot write now but will again: its disk is full, its replicas are away, a script runs.
+_PASSING = ("MISCONF", "NOREPLICAS", "BUSY ")
+
+
+class BrokerRefuses(ResponseError):
+    """The broker answers, but takes no writes for the moment."""
 
 
 def open_redis(url: str, *, max_connections: int = 64) -> Redis:
-    """A client of the broker at `url` (redis://, rediss:// or unix://); replies are bytes.
+    """A client of the broker at `url` (redis://, rediss://, unix:// or redis+sentinel://); replies are bytes.
 
     No built-in retries: redis-py would send a command again that is not idempotent. RESP2, because RESP3 costs a
     quarter more on the receiving side.
     """
-    client = Redis.from_url(
-        url,
-        protocol=2,
-        decode_responses=False,
-        socket_timeout=_SOCKET_TIMEOUT_S,
-        socket_connect_timeout=1.0,
-        retry=Retry(NoBackoff(), 0),
-        max_connections=max_connections,
-    )
+    options: dict[str, Any] = {
+        "protocol": 2,
+        "decode_responses": False,
+        "socket_timeout": _SOCKET_TIMEOUT_S,
+        "socket_connect_timeout": 1.0,
+        "retry": Retry(NoBackoff(), 0),
+        "max_connections": max_connections,
+    }
+    sentinels = SentinelSet.parse(url)
+    client = sentinels.client(**options) if sentinels else Redis.from_url(url, **options)
     pool = client.connection_pool
     pool.connection_class = told_of_its_end(pool.connection_class)
     return client
@@ -41,7 +49,7 @@ def told_of_its_end(base: type[AbstractConnection]) -> type[AbstractConnection]:
 
     uvloop raises RuntimeError there, which redis-py lets pass, and which nobody would take for a lost connection.
     It also hears of a cancellation that `asyncio.wait_for` swallows before Python 3.12, inside redis-py: without that,
-    a task that is cancelled while it sends a command would go on.
+    a task that is cancelled while it sends a command would go on. And a refusal that passes is a BrokerRefuses.
     """
 
     class ToldConnection(base):
@@ -56,6 +64,14 @@ def told_of_its_end(base: type[AbstractConnection]) -> type[AbstractConnection]:
             if task and task.cancelling() > num_cancels:
                 await self.disconnect(nowait=True)
                 raise asyncio.CancelledError
+
+        async def read_response(self, *arguments: Any, **options: Any) -> Any:
+            try:
+                return await super().read_response(*arguments, **options)
+            except ResponseError as error:
+                if str(error).startswith(_PASSING):
+                    raise BrokerRefuses(str(error)) from error
+                raise
 
     return ToldConnection
 

@@ -15,8 +15,10 @@
 | fleet:{model}:workers                | zset    | members pruned after 10 leases  | worker           | gateway         |
 | fleet:{model}:worker:<worker>        | hash    | 60 s                            | worker           | gateway         |
 | fleet:{model}:dead-letters           | stream  | about 10,000 entries            | LEASE            | operator        |
+| fleet:tenant:{name}:open             | zset    | a minute after the last refresh | gateway          | gateway         |
+| fleet:tenant:{name}:budget           | hash    | until it is full again          | gateway          | gateway         |
 
-The queue streams have one consumer group, `GROUP`. Each script in `common/scripts/` says which of these it takes.
+A tenant is who holds an API key of that name. The queue streams have one consumer group, `GROUP`. Each script in `common/scripts/` says which of these it takes.
 """
 
 from dataclasses import dataclass
@@ -79,3 +81,18 @@ class ModelKeys:
 
     def _key(self, tail: str) -> str:
         return f"fleet:{{{self.model}}}:{tail}"
+
+
+@dataclass(frozen=True, slots=True)
+class TenantKeys:
+    """What an API key uses now, over all models."""
+
+    name: str
+
+    @property
+    def open(self) -> str:
+        return f"fleet:tenant:{{{self.name}}}:open"
+
+    @property
+    def budget(self) -> str:
+        return f"fleet:tenant:{{{self.name}}}:budget"

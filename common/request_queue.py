@@ -18,6 +18,7 @@ from common.messages import Failure, Frame, GenerationRequest
 from common.redis_client import BLOCK_MS
 from common.redis_keys import GROUP, ModelKeys
 
+WATCH_TTL_S = 60.0  # of a reader of a stream, unless it says again that it reads
 DONE_TTL_MS = 600_000  # how long a finished stream can still be read
 MAX_STALLED = 3  # leases in a row without a token before a request counts as poison
 MAX_ATTEMPTS = 20
@@ -52,6 +53,13 @@ class Entry:
     queue: str
     id: str
     request_id: str
+    is_suspect: bool = False  # its worker died before it told a token: to be tried alone
+
+    @classmethod
+    def read(cls, queue: str, entry: bytes, fields: dict[bytes, bytes]) -> "Entry":
+        """From an item of the stream."""
+        suspicion = fields.get(b"suspect", b"0")
+        return cls(queue, entry.decode(), fields[b"id"].decode(), suspicion == b"1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +108,16 @@ class RequestQueue:
     # The gateway's end
 
     async def enqueue(
-        self, request: GenerationRequest, *, max_waiting: int, at_front: bool = False
+        self,
+        request: GenerationRequest,
+        *,
+        max_waiting: int,
+        at_front: bool = False,
+        watcher: str = "",
     ) -> bool:
         """Put a request on its queue, or before all others; False when its id is already known.
+
+        Either way `watcher` reads its stream, for `WATCH_TTL_S` from now on (see request_store.py).
 
         Raises Overloaded when `max_waiting` requests wait, Unavailable without a broker.
         """
@@ -110,7 +125,7 @@ class RequestQueue:
         queue = keys.resume_queue if at_front else keys.queue(request.priority)
         reply = await self._scripts.run(
             "enqueue",
-            [keys.request(request.id), queue, *keys.queues],
+            [keys.request(request.id), queue, keys.watchers(request.id), *keys.queues],
             [
                 request.id,
                 encode(request),
@@ -122,6 +137,8 @@ class RequestQueue:
                 request.stopping.max_new_tokens,
                 request.tenant,
                 request.on_disconnect.value,
+                watcher,
+                int(WATCH_TTL_S * 1000),
             ],
         )
         if reply[0] == b"FULL":
@@ -174,7 +191,7 @@ class RequestQueue:
         streams = dict.fromkeys(self._keys.queues, ">")
         reply = await self._redis.xreadgroup(GROUP, worker, streams, count=1, block=BLOCK_MS)
         return [
-            Entry(queue.decode(), entry.decode(), fields[b"id"].decode())
+            Entry.read(queue.decode(), entry, fields)
             for queue, items in reply or ()
             for entry, fields in items
         ]
@@ -184,7 +201,8 @@ class RequestQueue:
         queues = self._keys.queues
         found = await self._scripts.run("fetch", queues, [GROUP, worker, count])
         return [
-            Entry(queues[number - 1], entry.decode(), rid.decode()) for number, entry, rid in found
+            Entry.read(queues[number - 1], entry, dict(zip(row[::2], row[1::2], strict=True)))
+            for number, entry, row in found
         ]
 
     async def delivered(self, worker: str, *, known: Container[tuple[str, str]]) -> list[Entry]:
@@ -211,7 +229,7 @@ class RequestQueue:
             rows = await pipeline.execute()
         # an entry that was deleted meanwhile has no request: LEASE finds it gone and forgets it
         return [
-            Entry(queue, entry, found[0][1][b"id"].decode() if found else "")
+            Entry.read(queue, entry.encode(), found[0][1] if found else {b"id": b""})
             for (queue, entry), found in zip(unknown, rows, strict=True)
         ]
 
@@ -265,23 +283,41 @@ class RequestQueue:
         names = [keys.request(request_id), queue, keys.resume_queue]
         return bool(await self._scripts.run("release", names, [lease_token, GROUP, request_id]))
 
-    async def revoke_abandoned(self, *, lease_s: float) -> int:
-        """Requeue what workers without a heartbeat hold; the number of requests put back."""
+    async def revoke_abandoned(self) -> int:
+        """Requeue what workers without a heartbeat hold; the number of requests put back.
+
+        It asks who holds anything, then who of those lives, and only then what the dead ones hold.
+        """
         num_revoked = 0
-        for queue in self._keys.queues:
-            pending = await self._redis.xpending_range(
-                queue, GROUP, min="-", max="+", count=_PENDING_PER_LOOK, idle=int(lease_s * 1000)
-            )
-            for item in pending:
-                num_revoked += await self._revoke(queue, item["message_id"], item["consumer"])
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for queue in self._keys.queues:
+                pipeline.xpending(queue, GROUP)
+            summaries = await pipeline.execute()
+        for queue, summary in zip(self._keys.queues, summaries, strict=True):
+            for owner in await self._dead([row["name"] for row in summary["consumers"]]):
+                pending = await self._redis.xpending_range(
+                    queue, GROUP, "-", "+", _PENDING_PER_LOOK, owner
+                )
+                for item in pending:
+                    num_revoked += await self._revoke(queue, item["message_id"], owner)
         return num_revoked
+
+    async def _dead(self, workers: Sequence[bytes]) -> list[bytes]:
+        """Those without a valid heartbeat; REVOKE looks again."""
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for worker in workers:
+                pipeline.pttl(self._keys.heartbeat(worker.decode()))
+                pipeline.get(self._keys.heartbeat(worker.decode()))
+            replies = await pipeline.execute()
+        beats = zip(workers, replies[0::2], replies[1::2], strict=True)
+        return [worker for worker, left, lease in beats if not 0 < left <= int(lease or 0)]
 
     async def _revoke(self, queue: str, entry: bytes, owner: bytes) -> int:
         keys = self._keys
         found = await self._redis.xrange(queue, min=entry, max=entry)
         request_id = found[0][1][b"id"].decode() if found else ""
-        heartbeat = keys.heartbeat(owner.decode())
-        names = [keys.request(request_id), queue, keys.resume_queue, heartbeat]
+        names = [keys.request(request_id), queue, keys.resume_queue]
+        names += [keys.heartbeat(owner.decode()), keys.journal(request_id)]
         reply = await self._scripts.run("revoke", names, [entry, owner, GROUP, request_id])
         return int(reply == 1)
 

@@ -4,8 +4,9 @@ The queue moves requests; this file answers questions about them. A gateway that
 the request's set of watchers; the set expires when every gateway that did so is gone.
 """
 
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Container, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from redis.asyncio import Redis
 
@@ -19,9 +20,10 @@ from common.messages import (
     GenerationRequest,
     RequestState,
 )
-from common.redis_keys import GROUP, ModelKeys
+from common.redis_keys import ModelKeys
+from common.request_queue import CANCELLED_FRAME, DONE_TTL_MS, WATCH_TTL_S
 
-WATCH_TTL_S = 60.0
+_ENTRIES_PER_LOOK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,14 @@ class RequestStatus:
     @property
     def has_ended(self) -> bool:
         return self.state in TERMINAL_STATES
+
+
+@dataclass(frozen=True, slots=True)
+class Orphans:
+    """What a look found: ids that nobody watches, and how many were ended because that was so before."""
+
+    unwatched: frozenset[str]
+    num_ended: int
 
 
 class RequestStore:
@@ -106,23 +116,38 @@ class RequestStore:
             pipeline.scard(key)
             return (await pipeline.execute())[1]
 
-    async def cancel_orphans(self, *, patience_s: float = WATCH_TTL_S, idle_s: float) -> int:
-        """End what nobody watches among the requests that run for `idle_s`; the number of those.
+    async def look_for_orphans(
+        self, *, patience_s: float = WATCH_TTL_S, seen: Container[str] = ()
+    ) -> "Orphans":
+        """Find what nobody watches, waiting or running, and end those of it that are in `seen` already.
 
         Requests younger than `patience_s`, and those that shall run unwatched, are left alone.
         """
-        num_cancelled = 0
+        unwatched: set[str] = set()
+        num_ended = 0
         for queue in self._keys.queues:
-            pending = await self._redis.xpending_range(
-                queue, GROUP, min="-", max="+", count=1000, idle=int(idle_s * 1000)
-            )
-            for item in pending:
-                found = await self._redis.xrange(
-                    queue, min=item["message_id"], max=item["message_id"]
-                )
-                if found:
-                    request_id = found[0][1][b"id"].decode()
-                    names = [self._keys.request(request_id), self._keys.watchers(request_id)]
-                    args = [int(patience_s * 1000)]
-                    num_cancelled += await self._scripts.run("cancel_orphan", names, args)
-        return num_cancelled
+            async for request_ids in self._ids_in(queue):
+                calls = [
+                    self._orphan_call(request_id, patience_s, request_id in seen)
+                    for request_id in request_ids
+                ]
+                replies = await self._scripts.run_all("cancel_orphan", calls)
+                num_ended += replies.count(2)
+                found = zip(request_ids, replies, strict=True)
+                unwatched |= {request_id for request_id, reply in found if reply == 1}
+        return Orphans(frozenset(unwatched), num_ended)
+
+    async def _ids_in(self, queue: str) -> AsyncIterator[list[str]]:
+        """The requests behind a queue's entries, leased or not, some at a time."""
+        after = "-"
+        while rows := await self._redis.xrange(queue, min=after, count=_ENTRIES_PER_LOOK):
+            yield [fields[b"id"].decode() for _, fields in rows]
+            after = f"({rows[-1][0].decode()}"
+
+    def _orphan_call(
+        self, request_id: str, patience_s: float, was_seen: bool
+    ) -> tuple[list[str], list[Any]]:
+        keys = self._keys
+        names = [keys.request(request_id), keys.watchers(request_id)]
+        names += [keys.journal(request_id), keys.channel(request_id)]
+        return names, [int(patience_s * 1000), int(was_seen), DONE_TTL_MS, CANCELLED_FRAME]

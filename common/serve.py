@@ -27,6 +27,7 @@ from click.core import ParameterSource
 from common.broker import EmbeddedBroker
 from common.child import Child
 from common.errors import FleetError
+from common.probe import is_healthy, local_address
 from common.settings import merged, options_from, part_of, setting, to_arguments
 from common.supervisor import Service, Supervisor
 from common.telemetry import configure_logging
@@ -34,7 +35,6 @@ from common.telemetry import configure_logging
 GatewaySettings: Any = pkgutil.resolve_name("gateway.settings:GatewaySettings")
 WorkerSettings: Any = pkgutil.resolve_name("worker.settings:WorkerSettings")
 
-PROBE_TIMEOUT_S = 2.0
 FIRST_PROGRESS_S = 1.0
 PROGRESS_S = 5.0
 STOP_MARGIN_S = 5.0  # on top of the time that a process gives itself for draining
@@ -57,12 +57,39 @@ class ServeOptions:
         None, "Folder in which that broker keeps its data; the default is a temporary one."
     )
     num_workers: int = setting(1, "Worker processes; they share the cores.")
+    graceful_termination_timeout_s: float | None = setting(
+        None,
+        "Seconds from SIGTERM to the end of everything, however long streams are; the default is what "
+        "gateway and workers take one after the other.",
+        aliases=("--graceful-termination-timeout",),
+        env=("GRACEFUL_TERMINATION_TIMEOUT",),
+    )
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:
             raise ValueError(f"`num_workers` must be at least 1. Given: {self.num_workers}")
         if self.redis_url and self.data_dir:
             raise ValueError("`data_dir` has no use with `redis_url`: no broker is started here")
+        timeout_s = self.graceful_termination_timeout_s
+        if timeout_s is not None and timeout_s <= 0:
+            raise ValueError(
+                f"`graceful_termination_timeout_s` must be strictly positive. Given: {timeout_s}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Grace:
+    """How long the gateway and then the workers may drain, and how much later each is killed."""
+
+    gateway_s: float
+    worker_s: float
+    margin_s: float = STOP_MARGIN_S
+
+    @classmethod
+    def within(cls, total_s: float) -> "Grace":
+        """Nearly all for the gateway, for its streams are what one waits for; the rest is divided by four stops."""
+        rest_s = min(10.0, total_s / 2)
+        return cls(total_s - rest_s, rest_s / 4, rest_s / 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +110,26 @@ class Stack:
     def services(self, broker_url: str) -> tuple[list[Service], list[Service]]:
         """The gateway and the workers, in the order in which they stop: streams end before their workers do."""
         address = {} if self.options.redis_url else {"redis_url": broker_url}
+        total_s = self.options.graceful_termination_timeout_s
+        grace = (
+            Grace.within(total_s) if total_s else Grace(self.gateway.drain_s, self.worker.drain_s)
+        )
         gateway = self._command(
             "gateway",
             self.gateway,
             model_id=self.worker.model_name,
             port=self.gateway.port,
             wait_for_model=True,
+            drain_s=grace.gateway_s,
             **address,
         )
-        worker = self._command("worker", self.worker, **self._threads(), **address)
+        fixed = {"drain_s": grace.worker_s, **self._threads(), **address}
+        worker = self._command("worker", self.worker, **fixed)
         count = self.options.num_workers
         names = ["worker"] if count == 1 else [f"worker {index + 1}" for index in range(count)]
         return (
-            [_service("gateway", gateway, self.gateway.drain_s)],
-            [_service(name, worker, self.worker.drain_s) for name in names],
+            [_service("gateway", gateway, grace.gateway_s + grace.margin_s)],
+            [_service(name, worker, grace.worker_s + grace.margin_s) for name in names],
         )
 
     def _threads(self) -> dict[str, int]:
@@ -170,16 +203,17 @@ class Announcer:
 
     def __init__(self, stack: Stack) -> None:
         self._model = stack.worker.model_name
-        self._host = _local_address(stack.gateway.hostname)
+        self._host = local_address(stack.gateway.hostname)
         self._port = stack.gateway.port
-        self._needs_key = stack.gateway.api_key is not None
+        self._needs_key = bool(stack.gateway.api_key or stack.gateway.api_keys_file)
+        self._has_tls = stack.gateway.tls_cert is not None
         self._is_json = stack.worker.json_output
         self._started_at = time.monotonic()
         self._next_progress_s = FIRST_PROGRESS_S
 
     async def model_answers(self) -> bool:
         """Ask the gateway, whose port opens once the model can answer; meanwhile report progress."""
-        is_ready = await _is_healthy(self._host, self._port)
+        is_ready = await is_healthy(self._host, self._port, has_tls=self._has_tls)
         if not is_ready and self._elapsed_s > self._next_progress_s:
             self._say(f"{self._model} is loading ({self._elapsed_s:.0f} s)")
             self._next_progress_s += PROGRESS_S
@@ -191,7 +225,7 @@ class Announcer:
         key = " -H 'Authorization: Bearer <api key>'" if self._needs_key else ""
         self._say(
             f"{self._model} is ready after {self._elapsed_s:.1f} s. Try: "
-            f"curl -N http://{host}:{self._port}/generate_stream{key} "
+            f"curl -N {'https' if self._has_tls else 'http'}://{host}:{self._port}/generate_stream{key} "
             f"-H 'Content-Type: application/json' -d '{EXAMPLE}'"
         )
 
@@ -229,27 +263,8 @@ def reserve_port(hostname: str, port: int) -> int:
         raise FleetError(f"Cannot listen on port {port} of {hostname}: {error.strerror}") from error
 
 
-async def _is_healthy(host: str, port: int) -> bool:
-    """Whether `GET /health` is answered with 200."""
-    try:
-        async with asyncio.timeout(PROBE_TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(host, port)
-            try:
-                writer.write(f"GET /health HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
-                return (await reader.readline()).split()[1:2] == [b"200"]
-            finally:
-                writer.close()
-    except OSError:  # TimeoutError is one
-        return False
-
-
-def _local_address(hostname: str) -> str:
-    """Where to reach a server of this machine that listens on `hostname`."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(hostname, hostname)
-
-
-def _service(name: str, command: list[str], drain_s: float) -> Service:
-    return Service(name, lambda: Child(command), grace_s=drain_s + STOP_MARGIN_S)
+def _service(name: str, command: list[str], grace_s: float) -> Service:
+    return Service(name, lambda: Child(command), grace_s=grace_s)
 
 
 def _stop_on_signals(supervisor: Supervisor, announcer: Announcer) -> None:

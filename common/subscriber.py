@@ -14,6 +14,9 @@ from typing import Any, Self
 
 import hiredis
 from redis.asyncio.connection import SSLConnection, UnixDomainSocketConnection, parse_url
+from redis.exceptions import RedisError
+
+from common.sentinel import SentinelSet
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,10 @@ class Subscription:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    def drop_looks(self) -> None:
+        """Forget the LOOKs that came so far."""
+        self._items = deque(item for item in self._items if item is not LOOK)
+
     async def get(self) -> bytes | None:
         """The next item. One caller at a time."""
         while not self._items:
@@ -62,7 +69,8 @@ class Subscriber:
     """The process's pub/sub connection. Use as `async with Subscriber(url) as subscriber`."""
 
     def __init__(self, url: str) -> None:
-        self._address = parse_url(url)
+        self._sentinels = SentinelSet.parse(url)
+        self._address = self._sentinels.login if self._sentinels else parse_url(url)
         self._subscriptions: dict[bytes, list[Subscription]] = {}
         self._connection: _Connection | None = None
         self._task: asyncio.Task[None] | None = None
@@ -108,7 +116,7 @@ class Subscriber:
         while True:
             try:
                 connection = await self._connect()
-            except (OSError, TimeoutError, ssl.SSLError) as error:
+            except (OSError, TimeoutError, ssl.SSLError, RedisError) as error:
                 logger.debug("no pub/sub connection: %s", error)
                 self._tick()
                 await asyncio.sleep(random.uniform(0, pause_s))
@@ -160,6 +168,8 @@ class Subscriber:
             else:
                 context = ssl.create_default_context() if kind is SSLConnection else None
                 host, port = address.get("host", "localhost"), address.get("port", 6379)
+                if self._sentinels:
+                    host, port = await self._sentinels.primary()
                 _, connection = await loop.create_connection(protocol, host, port, ssl=context)
         return connection
 

@@ -133,6 +133,13 @@ class JournalReader:
         self._is_stopped = True
         self._subscription.put(LOOK)
 
+    def nothing_missed(self) -> None:
+        """The request has only now been enqueued: what the subscription's confirmation tells to look for is not there.
+
+        Should a frame come between all the same, the next one shows the gap, or a second of silence.
+        """
+        self._subscription.drop_looks()
+
     async def catch_up(self) -> None:
         """Take what the journal holds now. Raises StreamDiverged and Unavailable."""
         await self._look()

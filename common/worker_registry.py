@@ -3,7 +3,6 @@
 Everything expires by itself: a worker that stops beating disappears after a few leases, a model after a day.
 """
 
-import time
 import zlib
 from dataclasses import asdict, dataclass
 
@@ -50,14 +49,15 @@ class WorkerRegistry:
             )
             pipeline.set(keys.card, encode(card), ex=CARD_TTL_S)
             await pipeline.execute()
-        await self._redis.zadd(MODELS, {card.model: time.time()})
+        await self._redis.zadd(MODELS, {card.model: await self._now_s()})
 
     async def beat(self, card: ModelCard, status: WorkerStatus, *, lease_s: float) -> bool:
         """Say that this worker lives and decodes. False when the card is gone and must be announced again.
 
-        The heartbeat is prolonged by PEXPIRE where it exists, which works even when Redis is full.
+        The heartbeat is prolonged by PEXPIRE where it exists, which works even when Redis is full. Its value is the
+        lease in milliseconds: a reaper that finds more than that left knows that the broker's clock was set back.
         """
-        keys, now = ModelKeys(card.model), time.time()
+        keys, now = ModelKeys(card.model), await self._now_s()
         lease_ms = int(lease_s * 1000)
         fields = {name: str(value) for name, value in asdict(status).items()}
         async with self._redis.pipeline(transaction=False) as pipeline:
@@ -66,12 +66,13 @@ class WorkerRegistry:
             pipeline.expire(keys.tokenizer(card.tokenizer_digest), CARD_TTL_S)
             pipeline.zadd(keys.workers, {status.id: now})
             pipeline.zremrangebyscore(keys.workers, 0, now - 10 * lease_s)
+            pipeline.zremrangebyscore(keys.workers, now + 10 * lease_s, "inf")
             pipeline.expire(keys.workers, CARD_TTL_S)
             pipeline.hset(keys.worker(status.id), mapping=fields)
             pipeline.expire(keys.worker(status.id), _WORKER_TTL_S)
             replies = await pipeline.execute(raise_on_error=False)
         if not replies[0] is True and replies[0] != 1:
-            await self._redis.set(keys.heartbeat(status.id), "1", px=lease_ms)
+            await self._redis.set(keys.heartbeat(status.id), lease_ms, px=lease_ms)
         await self._redis.zadd(MODELS, {card.model: now})
         await self._redis.zremrangebyscore(MODELS, 0, now - CARD_TTL_S)
         return bool(replies[1]) and bool(replies[2])
@@ -103,12 +104,17 @@ class WorkerRegistry:
             for name, _ in members:
                 pipeline.hgetall(keys.worker(name.decode()))
             rows = await pipeline.execute()
-        now = time.time()
+        now = await self._now_s()
         return [
-            _status(row, seen_s=max(0.0, now - seen))
+            _status(row, seen_s=abs(now - seen))  # from the future: the clock was set back since
             for row, (_, seen) in zip(rows, members, strict=True)
             if row
         ]
+
+    async def _now_s(self) -> float:
+        """By the broker's clock, which all workers and gateways share; theirs may differ by hours."""
+        seconds, microseconds = await self._redis.time()
+        return seconds + microseconds / 1e6
 
 
 def _status(row: dict[bytes, bytes], *, seen_s: float) -> WorkerStatus:

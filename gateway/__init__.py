@@ -5,10 +5,17 @@ cli.py              the `gateway` command
 settings.py         what an operator can set
 supervisor.py       several processes behind one port
 server.py           one process: event loop, port, signals, draining
+connection.py       one connection: slow clients, and answers to what is not HTTP
+tls.py              certificate and key of the port
+file_watch.py       notices that files changed
 app.py              the application: routes, middleware, what lives as long as it does
 routes.py           the table of routes
 services.py         what handlers need, typed
-middleware.py       around every handler: record, span, CORS, errors, key
+middleware.py       around every handler: record, span, CORS, errors
+access.py           whose request it is, and the key that it needs
+api_keys.py         the keys, from a file
+key_limits.py       what a key may use, counted in the broker
+key_commands.py     the `keys` command, which makes them
 record.py           what one HTTP request came to
 handlers/           one function a route
 schemas/            bodies of requests and answers
@@ -17,7 +24,7 @@ grammar.py          a client's grammar, compiled once to see that it can be
 model_directory.py  what the fleet serves, cached
 tokenization.py     text to token ids
 galactica.py        how Galactica's prompts mark sequences
-admission.py        how many requests a process holds open
+admission.py        how many requests a process holds open, and a fair division of them
 broker_health.py    whether the broker can take more
 generation.py       the use case: queue, follow, fold, leave
 watching.py         tells the broker whose streams are read

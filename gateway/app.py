@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from aiohttp import web
@@ -19,20 +19,24 @@ from common.subscriber import Subscriber
 from common.telemetry import configure_tracing
 from common.token_journal import TokenJournal
 from common.worker_registry import WorkerRegistry
+from gateway.access import require_key
 from gateway.admission import Admission
+from gateway.api_keys import KeyRing
 from gateway.broker_health import BrokerHealth
 from gateway.exposition import SharedMetrics
+from gateway.file_watch import watch
 from gateway.generation import Generator
 from gateway.handlers.docs import OPENAPI
 from gateway.handlers.system import package_version
+from gateway.key_limits import KeyLimits
 from gateway.metrics import GatewayMetrics
 from gateway.middleware import (
     add_headers,
+    answer_expect,
     cors,
     errors,
     observe,
     refuse_while_draining,
-    require_key,
 )
 from gateway.model_directory import ModelDirectory
 from gateway.openapi import openapi_document
@@ -51,17 +55,20 @@ OpenServices = Callable[[GatewaySettings], AbstractAsyncContextManager[Services]
 def create_app(
     settings: GatewaySettings, *, open_services: OpenServices | None = None
 ) -> web.Application:
-    """The application. `open_services` makes its collaborators when it starts; tests pass their own."""
+    """The application. `open_services` makes its collaborators when it starts; tests pass their own.
+
+    Raises KeyFileError.
+    """
+    keys = KeyRing(settings.api_key, settings.api_keys_file)
     app = web.Application(
         middlewares=[observe, cors, errors, refuse_while_draining],
         client_max_size=settings.payload_limit,
     )
     routes = route_table()
     for route in routes:
-        app.router.add_route(route.method, route.path, _handler(route, settings))
-    app[OPENAPI] = openapi_document(
-        routes, version=package_version(), has_key=settings.api_key is not None
-    )
+        handler = _handler(route, keys)
+        app.router.add_route(route.method, route.path, handler, expect_handler=answer_expect)
+    app[OPENAPI] = openapi_document(routes, version=package_version(), has_key=not keys.is_open)
     app.on_response_prepare.append(add_headers)
 
     async def services(app: web.Application) -> AsyncIterator[None]:
@@ -69,13 +76,19 @@ def create_app(
             app[SERVICES] = opened
             yield
 
+    async def watched_keys(app: web.Application) -> AsyncIterator[None]:
+        watching = partial(watch, [keys.path] if keys.path else [], keys.reload)
+        async with running(watching, "api-keys"):
+            yield
+
     app.cleanup_ctx.append(services)
+    app.cleanup_ctx.append(watched_keys)
     return app
 
 
-def _handler(route: Route, settings: GatewaySettings):
-    if route.needs_key and settings.api_key is not None:
-        return require_key(route.handler, key=settings.api_key)
+def _handler(route: Route, keys: KeyRing):
+    if route.needs_key and not keys.is_open:
+        return require_key(route.handler, keys=keys, is_metered=route.generates)
     return route.handler
 
 
@@ -122,12 +135,15 @@ async def open_default_services(
         )
         await directory.refresh()
         shared_metrics = SharedMetrics(metrics.registry, folder=metrics_folder)
+        limits = KeyLimits(scripts)
+        stack.push_async_callback(limits.close)
         broker = BrokerHealth(redis)
         await broker.refresh()
-        await stack.enter_async_context(_running(directory.run, "model-directory"))
-        await stack.enter_async_context(_running(broker.run, "broker-health"))
-        await stack.enter_async_context(_running(watches.run, "watches"))
-        await stack.enter_async_context(_running(shared_metrics.run, "metrics-file"))
+        await stack.enter_async_context(running(directory.run, "model-directory"))
+        await stack.enter_async_context(running(broker.run, "broker-health"))
+        await stack.enter_async_context(running(watches.run, "watches"))
+        await stack.enter_async_context(running(shared_metrics.run, "metrics-file"))
+        await stack.enter_async_context(running(limits.run, "key-limits"))
         yield Services(
             settings=settings,
             directory=directory,
@@ -137,12 +153,13 @@ async def open_default_services(
             admission=Admission(max_requests=settings.max_concurrent_requests),
             metrics=metrics,
             shared_metrics=shared_metrics,
+            limits=limits,
             tracer=configure_tracing(settings.otlp_endpoint, settings.otlp_service_name),
         )
 
 
 @asynccontextmanager
-async def _running(work: Callable, name: str) -> AsyncIterator[None]:
+async def running(work: Callable, name: str) -> AsyncIterator[None]:
     """Run a background task for as long as the block; the process ends when the task dies."""
     task = asyncio.create_task(work(), name=name)
     task.add_done_callback(_stop_if_dead)

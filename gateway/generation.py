@@ -241,16 +241,19 @@ class Generator:
         async def restore(relayed: Sequence[bytes]) -> bool:
             left_s = max(1.0, frames.request.deadline_s - (time.monotonic() - opened_at))
             lost = replace(frames.request, deadline_s=left_s)
+            self._metrics.restored.labels(lost.model).inc()
             return await self._open_queue(request.model).restore(lost, relayed)
 
         expects = (last_event.index, last_event.chain) if last_event else None
         async with journal.open(request.id, expects=expects, restore=restore) as reader:
             frames = FrameStream(request, reader, self._metrics)
-            watcher = self._watches.add(request.model, request.id)
+            watcher = self._watches.add(request.model, request.id, is_noted=not is_known)
             try:
                 if is_known:
                     frames.attach(request)
-                elif not await self._enqueue(request):
+                elif await self._enqueue(request, watcher):
+                    reader.nothing_missed()
+                else:
                     frames.attach(await self._known(request))
                 if last_event:
                     await frames.catch_up()
@@ -264,10 +267,12 @@ class Generator:
                 self._streams.discard(frames)
                 self._leave(frames, watcher)
 
-    async def _enqueue(self, request: GenerationRequest) -> bool:
+    async def _enqueue(self, request: GenerationRequest, watcher: str) -> bool:
         queue = self._open_queue(request.model)
         try:
-            return await queue.enqueue(request, max_waiting=self._max_waiting)
+            return await queue.enqueue(
+                request, max_waiting=self._max_waiting, watcher=watcher
+            )
         except (
             RedisError
         ) as error:  # the broker answered, but will not take it: out of memory, read-only

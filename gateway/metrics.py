@@ -63,9 +63,32 @@ class GatewayMetrics:
         self.tokens = self._counter(
             "tokenfleet_tokens", "Tokens, by model and kind", "model", "kind"
         )
+        self.restored = self._counter(
+            "tokenfleet_restored_requests",
+            "Times that a broker was given back a request or frames that it had lost",
+            "model",
+        )
         self.open_requests = Gauge(
             "tokenfleet_open_requests", "Generations held open", registry=self.registry
         )
+
+        self.key_tokens = self._counter(
+            "tokenfleet_key_tokens", "Tokens, by the API key's name and kind", "key", "kind"
+        )
+        self.key_requests = self._counter(
+            "tokenfleet_key_requests", "Generation requests, by the API key's name", "key"
+        )
+        self.key_refusals = self._counter(
+            "tokenfleet_key_refusals", "Requests over a limit of their API key", "key"
+        )
+
+    def observe_key(
+        self, name: str, prompt_tokens: int | None, generated_tokens: int | None
+    ) -> None:
+        """A generation request of an API key has ended."""
+        self.key_requests.labels(name).inc()
+        self.key_tokens.labels(name, "prompt").inc(prompt_tokens or 0)
+        self.key_tokens.labels(name, "generated").inc(generated_tokens or 0)
 
     def observe_start(self, request: GenerationRequest, *, validation_s: float) -> None:
         """A request has passed validation."""

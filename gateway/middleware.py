@@ -1,12 +1,11 @@
-"""What happens around every handler: record and span, CORS, errors as JSON, the key, and refusal while draining."""
+"""What happens around every handler: record and span, CORS, errors as JSON, and refusal while draining."""
 
 import asyncio
-import hmac
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
 
-from aiohttp import hdrs, web
+from aiohttp import HttpVersion11, hdrs, web
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
 from common.errors import FleetError, Overloaded, PayloadTooLarge, Unavailable
@@ -30,7 +29,7 @@ _QUIET_PATHS = frozenset(
 )
 _ALLOWED_HEADERS = (
     "authorization, content-type, idempotency-key, last-event-id, traceparent, x-on-disconnect, "
-    "x-request-id"
+    "x-model, x-request-id"
 )
 _EXPOSED_HEADERS = (
     "retry-after, x-request-id, x-compute-type, x-compute-time, x-compute-characters, x-total-time, "
@@ -126,6 +125,15 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = _EXPOSED_HEADERS
 
 
+async def answer_expect(request: web.Request) -> None:
+    """Ask for a body that its client holds back. Any other expectation is ignored, as RFC 9110 allows: aiohttp's own
+    refusal is no JSON.
+    """
+    if request.headers[hdrs.EXPECT].lower() == "100-continue" and request.version >= HttpVersion11:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer has not begun
+
+
 @web.middleware
 async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Every error becomes `{"error", "error_type"}`, under /v1 OpenAI's shape; one that we did not foresee is logged and becomes a 500."""
@@ -160,7 +168,16 @@ def error_response(request: web.Request, error: FleetError) -> web.Response:
         status, text = openai_status(error), openai_error_json(error)
     else:
         status, text = error.http_status, error_json(error)
-    return web.Response(status=status, text=text, content_type="application/json", headers=headers)
+    response = web.Response(
+        status=status,
+        body=text.encode(errors="replace"),  # a header that is quoted need not be UTF-8
+        content_type="application/json",
+        charset="utf-8",
+        headers=headers,
+    )
+    if status == 408:  # the rest of the request may still come
+        response.force_close()
+    return response
 
 
 def _http_error(request: web.Request, error: web.HTTPException) -> web.StreamResponse:
@@ -179,24 +196,6 @@ def _http_error(request: web.Request, error: web.HTTPException) -> web.StreamRes
     return web.json_response(
         {"error": message, "error_type": kind}, status=error.status, headers=headers
     )
-
-
-def require_key(handler: Handler, *, key: str) -> Handler:
-    """Wrap the handler of a route that needs the key."""
-    expected = f"Bearer {key}".encode()
-
-    async def check(request: web.Request) -> web.StreamResponse:
-        given = request.headers.get(hdrs.AUTHORIZATION, "")
-        scheme, _, credentials = given.partition(" ")
-        normal = f"{scheme.capitalize()} {credentials.strip()}".encode("utf-8", "surrogateescape")
-        if not hmac.compare_digest(normal, expected):
-            raise web.HTTPUnauthorized(
-                text="A valid key is needed: `Authorization: Bearer <key>`",
-                headers={hdrs.WWW_AUTHENTICATE: "Bearer"},
-            )
-        return await handler(request)
-
-    return check
 
 
 @web.middleware

@@ -3,7 +3,7 @@
 import math
 from json.encoder import encode_basestring as quote  # json.dumps(ensure_ascii=False), in C
 
-from common.errors import FleetError, GenerationFailed, Overloaded
+from common.errors import FleetError, GenerationFailed, Overloaded, RateLimited
 from common.messages import Finish, Frame, Token, TopToken
 from gateway.generation import Completion
 from gateway.validation import ValidGeneration
@@ -57,7 +57,7 @@ def answer_json(valid: ValidGeneration, answers: list[Completion]) -> str:
 def error_json(error: FleetError) -> str:
     """The body of an error, and the data of an error event."""
     message = str(error)
-    if isinstance(error, Overloaded):
+    if isinstance(error, Overloaded) and not isinstance(error, RateLimited):
         message = "Model is overloaded"  # clients of TGI compare the text
     elif isinstance(error, GenerationFailed) and not message.startswith(_GENERATION_PREFIX):
         message = _GENERATION_PREFIX + message

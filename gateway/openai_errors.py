@@ -11,7 +11,13 @@
 import json
 import re
 
-from common.errors import FleetError, MalformedRequest, Overloaded, ValidationError
+from common.errors import (
+    FleetError,
+    MalformedRequest,
+    Overloaded,
+    RateLimited,
+    ValidationError,
+)
 
 _FIELD = re.compile(r"`(\w+)`")  # rules begin with the field that they are about
 _PREFIX = "Input validation error: "
@@ -40,7 +46,7 @@ def openai_status(error: FleetError) -> int:
 def openai_error_json(error: FleetError) -> str:
     """The body of an error, and the data of an error event."""
     message = str(error).removeprefix(_PREFIX)
-    if isinstance(error, Overloaded):
+    if isinstance(error, Overloaded) and not isinstance(error, RateLimited):
         message = "Model is overloaded"
     is_rule = isinstance(error, (ValidationError, MalformedRequest))
     code = None if is_rule and error.kind in ("validation", "malformed_request") else error.kind

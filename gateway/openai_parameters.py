@@ -59,7 +59,8 @@ def check_common(body: CommonBody, settings: GatewaySettings) -> None:
 
 def check_chat(body: ChatBody, settings: GatewaySettings) -> None:
     for name, declared in ChatBody.model_fields.items():
-        is_unsupported = bool(declared.json_schema_extra)
+        extra = declared.json_schema_extra
+        is_unsupported = isinstance(extra, dict) and "deprecated" in extra
         value = getattr(body, name)
         if is_unsupported and value is not None and value not in _NEUTRAL.get(name, ()):
             refuse(f"`{name}` is not supported; leave it out")
@@ -68,7 +69,7 @@ def check_chat(body: ChatBody, settings: GatewaySettings) -> None:
         None in both or both[0] == both[1],
         "`max_tokens` and `max_completion_tokens` are the same; set one of them",
     )
-    largest, top = settings.max_top_n_tokens, body.top_logprobs or 0
+    largest, top = settings.max_top_logprobs, body.top_logprobs or 0
     require(0 <= top <= largest, f"`top_logprobs` must be >= 0 and <= {largest}. Given: {top}")
     require(not top or bool(body.logprobs), "`top_logprobs` needs `logprobs`: true")
 

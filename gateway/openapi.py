@@ -7,18 +7,22 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from common.messages import OnDisconnect
+from gateway.resumption import EVENT_ID, LONGEST_KEY
 from gateway.routes import Route
+from gateway.schemas.native_answers import StreamEvent
 
 _ERRORS = {
     400: "The body is not JSON",
     401: "The key is missing or wrong",
     404: "The model is not served here, or the request is not known",
+    408: "The body did not arrive in time",
     409: "The stream cannot be continued behind the event of `Last-Event-ID`",
     413: "The body is too long",
     415: "The body is not declared as JSON",
     422: "The request breaks a rule; the message states rule and value",
     424: "The generation failed",
-    429: "Overloaded: too many requests wait. Retry-After says when to come back",
+    429: "Overloaded, or the key has used what it may. Retry-After says when to come back",
     503: "No broker or no worker can be reached now. Retry-After says when to come back",
 }
 _DESCRIPTION = (
@@ -27,6 +31,14 @@ _DESCRIPTION = (
 )
 _PARTS = {"request_id": "Given by the header X-Request-Id.", "model": "One of GET /v1/models."}
 _REFERENCE = "#/components/schemas/{model}"
+_REQUEST_ID = "x-request-id"
+_LINKS = {
+    name: {
+        "operationId": f"{name}_requests_request_id",
+        "parameters": {"request_id": f"$response.header.{_REQUEST_ID}"},
+    }
+    for name in ("status", "cancel")
+}
 
 
 def openapi_document(routes: Iterable[Route], *, version: str, has_key: bool) -> str:
@@ -68,6 +80,8 @@ def _operation(route: Route, *, has_key: bool) -> dict[str, Any]:
         operation["requestBody"] = {"required": True, "content": _json(_reference(route.body))}
     if route.needs_key and has_key:
         operation["security"] = [{"key": []}]
+    if route.no_content:
+        operation["responses"]["204"] = {"description": route.no_content}
     for status in route.errors:
         if status == 401 and not has_key:
             continue
@@ -77,26 +91,33 @@ def _operation(route: Route, *, has_key: bool) -> dict[str, Any]:
 
 
 def _parameters(route: Route) -> list[dict[str, Any]]:
-    """Parts of the path, and the headers of clients that come back."""
+    """Parts of the path, the model, and the headers of clients that come back."""
     names = [part[1:-1] for part in route.shown_path.split("/") if part.startswith("{")]
     found = [_parameter(name, "path", _PARTS[name]) for name in names]
     if route.event:
-        found.append(_parameter("Last-Event-ID", "header", "Go on behind this event."))
+        what, pattern = "Go on behind this event; empty: from the first.", f"^({EVENT_ID})?$"
+        found.append(_parameter("Last-Event-ID", "header", what, pattern=pattern))
+    if route.body:
+        what = "The model, as `model` in the body; needed by neither where one is served."
+        found.append(_parameter("X-Model", "header", what))
     if route.event and route.body:
         what = "Retries with the same key and body attach to the one generation."
-        found.append(_parameter("Idempotency-Key", "header", what))
-        what = "What becomes of the generation when nobody reads it: cancel, grace or run."
-        found.append(_parameter("X-On-Disconnect", "header", what))
+        found.append(
+            _parameter("Idempotency-Key", "header", what, minLength=1, maxLength=LONGEST_KEY)
+        )
+        what = "What becomes of the generation when nobody reads it."
+        policies = [policy.value for policy in OnDisconnect]
+        found.append(_parameter("X-On-Disconnect", "header", what, enum=policies))
     return found
 
 
-def _parameter(name: str, place: str, description: str) -> dict[str, Any]:
+def _parameter(name: str, place: str, description: str, **rules: Any) -> dict[str, Any]:
     return {
         "name": name,
         "in": place,
         "required": place == "path",
         "description": description,
-        "schema": {"type": "string"},
+        "schema": {"type": "string", **rules},
     }
 
 
@@ -106,13 +127,37 @@ def _suffix(route: Route) -> str:
 
 
 def _answer(route: Route) -> dict[str, Any]:
-    content: dict[str, Any] = {}
+    content: dict[str, Any] = {route.media: {"schema": {"type": "string"}}} if route.media else {}
     if route.answer:
         schema = _reference(route.answer)
         content |= _json({"type": "array", "items": schema} if route.is_array else schema)
     if route.event:
-        content["text/event-stream"] = {"schema": _reference(route.event)}
-    return {"description": "OK", **({"content": content} if content else {})}
+        content["text/event-stream"] = {"schema": _event(route)}
+    answer: dict[str, Any] = {"description": "OK"}
+    if content:
+        answer["content"] = content
+    if route.generates:
+        answer["headers"] = {_REQUEST_ID: {"schema": {"type": "string"}}}
+        answer["links"] = _LINKS
+    return answer
+
+
+def _event(route: Route) -> dict[str, Any]:
+    """A server-sent event, whose data is JSON in a string; OpenAI's streams end with one that is not."""
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_reference(route.event), _reference(route.error)]},
+    }
+    ends_with_done = route.event is not StreamEvent
+    return {
+        "type": "object",
+        "properties": {
+            "id": {"type": "string", "description": "What `Last-Event-ID` takes."},
+            "data": {"anyOf": [{"const": "[DONE]"}, data]} if ends_with_done else data,
+        },
+        "required": ["data"],
+    }
 
 
 def _json(schema: dict[str, Any]) -> dict[str, Any]:

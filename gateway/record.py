@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from common.messages import OnDisconnect
+
 
 @dataclass(slots=True)
 class RequestRecord:
@@ -13,7 +15,11 @@ class RequestRecord:
     id: str
     started_at: float = field(default_factory=time.perf_counter)
     created_at: float = field(default_factory=time.time)  # Unix time, for people
+    key: str | None = None  # the name of the API key
     model: str | None = None
+    max_new_tokens: int | None = None
+    on_disconnect: OnDisconnect = OnDisconnect.CANCEL
+    is_left: bool = False  # by its client, before the end
     prompt_tokens: int | None = None
     generated_tokens: int | None = None
     finish_reason: str | None = None
@@ -28,7 +34,7 @@ class RequestRecord:
     def fields(self) -> dict[str, str | int | float]:
         """Everything that is known, for the log."""
         names = (
-            *("model", "prompt_tokens", "generated_tokens", "finish_reason"),
+            *("key", "model", "prompt_tokens", "generated_tokens", "finish_reason"),
             *("first_token_s", "queue_s", "error_type"),
         )
         known = {name: getattr(self, name) for name in names}

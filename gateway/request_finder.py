@@ -39,6 +39,20 @@ class RequestFinder:
             raise RequestNotFound()
         return found
 
+    async def sequences(self, request_id: str) -> list[GenerationRequest]:
+        """The request alone, or the sequences that `n` or `best_of` made of it, which are numbered from 0.
+
+        Raises RequestNotFound and Unavailable.
+        """
+        if request := await self.lookup(request_id):
+            return [request]
+        found: list[GenerationRequest] = []
+        while request := await self.lookup(f"{request_id}-{len(found)}"):
+            found.append(request)
+        if not found:
+            raise RequestNotFound()
+        return found
+
     async def status(self, request_id: str) -> RequestStatus:
         """State and progress of a request. Raises RequestNotFound and Unavailable."""
         request = await self.find(request_id)

@@ -6,6 +6,7 @@ X-On-Disconnect: cancel | grace | run      what becomes of the generation when n
 """
 
 import hashlib
+import re
 from dataclasses import dataclass
 from typing import Self
 
@@ -16,7 +17,9 @@ from common.errors import ValidationError
 from common.messages import OnDisconnect
 
 GRACE_S = 10.0
-_LONGEST_KEY = 255
+LONGEST_KEY = 255
+# An id goes into headers of answers, so it has no space and no control character.
+EVENT_ID = r"([!-9;-~]{1,255}):([0-9]{1,9})-((?:[0-9a-f]{2})*)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +33,13 @@ class EventId:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Raises ValidationError for what no gateway has written."""
-        request_id, _, place = text.strip().rpartition(":")
-        index, _, chain = place.partition("-")
-        try:
-            if not (request_id and index.isascii() and index.isdigit()):
-                raise ValueError
-            return cls(request_id, int(index), bytes.fromhex(chain))
-        except ValueError:
+        match = re.fullmatch(EVENT_ID, text.strip())
+        if match is None:
             raise ValidationError(
                 "Input validation error: `Last-Event-ID` must be the id of an event of this API, "
                 f"`<request id>:<index>-<hash>`. Given: {text[:100]}"
-            ) from None
+            )
+        return cls(match[1], int(match[2]), bytes.fromhex(match[3]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +73,10 @@ def last_event_of(request: web.Request) -> EventId | None:
     return EventId.parse(text) if text else None
 
 
-def fingerprint_of(body: BaseModel) -> str:
-    """Two bodies with the same fingerprint ask for the same generation."""
-    return hashlib.blake2b(body.model_dump_json().encode(), digest_size=16).hexdigest()
+def fingerprint_of(body: BaseModel, *context: str) -> str:
+    """Two bodies with the same fingerprint ask for the same generation; `context` is what headers say of it."""
+    text = "\0".join((body.model_dump_json(), *filter(None, context)))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def seed_of(request_id: str) -> int:
@@ -85,9 +85,9 @@ def seed_of(request_id: str) -> int:
 
 
 def _id_of_key(key: str, tenant: str) -> str:
-    if not 0 < len(key) <= _LONGEST_KEY:
+    if not 0 < len(key) <= LONGEST_KEY:
         raise ValidationError(
-            f"Input validation error: `Idempotency-Key` must have 1 to {_LONGEST_KEY} characters. "
+            f"Input validation error: `Idempotency-Key` must have 1 to {LONGEST_KEY} characters. "
             f"Given: {len(key)}"
         )
     text = f"{tenant}\0{key}".encode("utf-8", "surrogateescape")

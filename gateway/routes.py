@@ -8,26 +8,30 @@ from aiohttp import web
 from pydantic import BaseModel
 
 from gateway.handlers import docs, generate, openai, platforms, requests, system
-from gateway.schemas.native import (
-    CompatBody,
+from gateway.schemas.native import CompatBody, GenerateBody
+from gateway.schemas.native_answers import (
     ErrorAnswer,
     GenerateAnswer,
-    GenerateBody,
-    ModelEntry,
-    ModelList,
-    RequestAnswer,
+    RequestStateAnswer,
     StreamEvent,
     TokenSpan,
 )
-from gateway.schemas.openai import (
+from gateway.schemas.openai import ChatBody, CompletionBody
+from gateway.schemas.openai_answers import (
     ChatAnswer,
-    ChatBody,
     ChatChunk,
     CompletionAnswer,
-    CompletionBody,
     OpenAIErrorAnswer,
 )
-from gateway.schemas.platforms import ChatTokens, InvocationBody, VertexAnswer, VertexBody
+from gateway.schemas.platforms import (
+    ChatTokens,
+    InvocationAnswer,
+    InvocationBody,
+    InvocationEvent,
+    VertexAnswer,
+    VertexBody,
+)
+from gateway.schemas.system import Info, ModelEntry, ModelList
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -48,6 +52,8 @@ class Route:
     answer: type[BaseModel] | None = None
     event: type[BaseModel] | None = None  # of a stream
     is_array: bool = False  # the answer is an array of `answer`
+    media: str = ""  # the type of an answer that is no JSON
+    no_content: str = ""  # when the answer is 204
     needs_key: bool = False
     errors: tuple[int, ...] = ()
     error: type[BaseModel] = ErrorAnswer
@@ -57,12 +63,17 @@ class Route:
         return (self.handler.__doc__ or "").strip()
 
     @property
+    def generates(self) -> bool:
+        """Whether it puts a generation on the queue."""
+        return self.body is not None and 429 in self.errors
+
+    @property
     def shown_path(self) -> str:
         """The path without the patterns of its parts."""
         return re.sub(r":[^}]+}", "}", self.path)
 
 
-_GENERATION_ERRORS = (400, 401, 404, 409, 413, 415, 422, 424, 429, 503)
+_GENERATION_ERRORS = (400, 401, 404, 408, 409, 413, 415, 422, 424, 429, 503)
 
 
 def route_table() -> tuple[Route, ...]:
@@ -146,6 +157,8 @@ def route_table() -> tuple[Route, ...]:
             GENERATION,
             "Generate, as SageMaker asks",
             body=InvocationBody,
+            answer=InvocationAnswer,
+            event=InvocationEvent,
             needs_key=True,
             errors=_GENERATION_ERRORS,
         ),
@@ -169,7 +182,7 @@ def route_table() -> tuple[Route, ...]:
             body=ChatBody,
             answer=ChatTokens,
             needs_key=True,
-            errors=(400, 401, 404, 413, 415, 422, 503),
+            errors=(400, 401, 404, 408, 413, 415, 422, 503),
         ),
         Route(
             "POST",
@@ -181,7 +194,7 @@ def route_table() -> tuple[Route, ...]:
             answer=TokenSpan,
             is_array=True,
             needs_key=True,
-            errors=(400, 401, 404, 413, 415, 422, 503),
+            errors=(400, 401, 404, 408, 413, 415, 422, 503),
         ),
         Route(
             "GET",
@@ -189,7 +202,7 @@ def route_table() -> tuple[Route, ...]:
             requests.status,
             REQUESTS,
             "What became of a request",
-            answer=RequestAnswer,
+            answer=RequestStateAnswer,
             needs_key=True,
             errors=(401, 404, 503),
         ),
@@ -200,6 +213,7 @@ def route_table() -> tuple[Route, ...]:
             REQUESTS,
             "Read a stream again, or go on with it",
             event=StreamEvent,
+            no_content="`Last-Event-ID` is the last event",
             needs_key=True,
             errors=(401, 404, 409, 422, 429, 503),
         ),
@@ -209,22 +223,29 @@ def route_table() -> tuple[Route, ...]:
             requests.cancel,
             REQUESTS,
             "End a request",
-            answer=RequestAnswer,
+            answer=RequestStateAnswer,
             needs_key=True,
             errors=(401, 404, 503),
         ),
         Route(
             "GET", "/v1/models", system.models, OPENAI, "Which models are served", answer=ModelList
         ),
-        Route("GET", "/info", system.info, SYSTEM, "Limits, models and workers"),
+        Route("GET", "/info", system.info, SYSTEM, "Limits, models and workers", answer=Info),
         Route("GET", "/health", system.health, SYSTEM, "Can requests be served", errors=(503,)),
-        Route("GET", "/health/ready", system.health, SYSTEM, "The same, for probes", errors=(503,)),
+        Route("GET", "/health/ready", system.health, SYSTEM, "Health, for probes", errors=(503,)),
         Route("GET", "/health/live", system.live, SYSTEM, "Does this process run"),
-        Route("GET", "/metrics", system.metrics, SYSTEM, "Metrics as Prometheus text"),
+        Route(
+            "GET",
+            "/metrics",
+            system.metrics,
+            SYSTEM,
+            "Metrics as Prometheus text",
+            media="text/plain",
+        ),
         Route("GET", "/openapi.json", docs.openapi, SYSTEM, "This description"),
         Route("GET", "/api-doc/openapi.json", docs.openapi),
-        Route("GET", "/", system.health),
-        Route("GET", "/ping", system.health),
+        Route("GET", "/", system.health, SYSTEM, "Health, as TGI has it", errors=(503,)),
+        Route("GET", "/ping", system.health, SYSTEM, "Health, for SageMaker", errors=(503,)),
         Route("GET", "/ready", system.health),
         Route("GET", "/docs", docs.static_file("docs.html")),
         Route("GET", "/docs/docs.css", docs.static_file("docs.css")),

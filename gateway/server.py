@@ -5,19 +5,23 @@ import contextlib
 import logging
 import multiprocessing
 import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
 from aiohttp import web
 
 from common.telemetry import configure_logging
-from gateway.app import create_app, open_default_services
+from gateway.app import create_app, open_default_services, running
+from gateway.connection import Site
+from gateway.file_watch import watch
 from gateway.services import SERVICES
 from gateway.settings import GatewaySettings
+from gateway.tls import certificate_of
 
 logger = logging.getLogger(__name__)
 
-_BACKLOG = 2048
 _CLOSING_S = 2.0  # for handlers to end once their streams were stopped
 
 
@@ -44,26 +48,15 @@ async def serve(
         app,
         handler_cancellation=True,  # a client that leaves cancels its handler, which cancels its request
         shutdown_timeout=settings.drain_s + _CLOSING_S,
-        access_log=None,
-        keepalive_timeout=75.0,
     )
     await runner.setup()
     try:
         if settings.wait_for_model and not await _is_ready_before(app, stop):
             return
-        site = web.TCPSite(
-            runner,
-            settings.hostname,
-            settings.port,
-            backlog=_BACKLOG,
-            reuse_port=True if metrics_folder else None,
-        )
-        await site.start()
-        port = runner.addresses[0][1]
-        logger.info("listening", extra={"address": f"http://{settings.hostname}:{port}"})
-        if started:
-            started.set_result(port)
-        await stop.wait()
+        async with _open_port(runner, settings, shares_port=metrics_folder is not None) as port:
+            if started:
+                started.set_result(port)
+            await stop.wait()
         logger.info("stopping", extra={"open_requests": app[SERVICES].admission.num_open})
         app[SERVICES].is_draining = True
         loop = asyncio.get_running_loop()
@@ -72,6 +65,29 @@ async def serve(
         # closes the port and waits for open streams; those left after `drain_s` end behind a whole event
         await runner.cleanup()
     logger.info("stopped")
+
+
+@asynccontextmanager
+async def _open_port(
+    runner: web.AppRunner, settings: GatewaySettings, *, shares_port: bool
+) -> AsyncIterator[int]:
+    """Listen, and give the port. The runner closes it; until the block ends, new certificates are noticed."""
+    certificate = certificate_of(settings)
+    site = Site(
+        runner,
+        settings.hostname,
+        settings.port,
+        read_timeout_s=settings.read_timeout_s,
+        ssl_context=certificate.context if certificate else None,
+        shares_port=shares_port,
+    )
+    await site.start()
+    logger.info("listening", extra={"address": site.name})
+    async with AsyncExitStack() as stack:
+        if certificate:
+            watching = partial(watch, certificate.files, certificate.reload)
+            await stack.enter_async_context(running(watching, "tls-files"))
+        yield site.port
 
 
 async def _is_ready_before(app: web.Application, stop: asyncio.Event) -> bool:

@@ -9,6 +9,7 @@ from gateway.admission import Admission
 from gateway.broker_health import BrokerHealth
 from gateway.exposition import SharedMetrics
 from gateway.generation import Generator
+from gateway.key_limits import KeyLimits
 from gateway.metrics import GatewayMetrics
 from gateway.model_directory import ModelDirectory
 from gateway.request_finder import RequestFinder
@@ -24,6 +25,7 @@ class Services:
     generator: Generator
     finder: RequestFinder
     admission: Admission
+    limits: KeyLimits
     broker: BrokerHealth
     metrics: GatewayMetrics
     shared_metrics: SharedMetrics

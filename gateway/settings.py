@@ -13,7 +13,9 @@ class GatewaySettings:
     hostname: str = setting("0.0.0.0", "Address to listen on.")
     port: int = setting(8080, "Port to listen on.", aliases=("-p",), env=("PORT",))
     redis_url: str = setting(
-        "redis://127.0.0.1:6379/0", "Broker: redis://, rediss:// or unix://.", env=("REDIS_URL",)
+        "redis://127.0.0.1:6379/0",
+        "Broker: redis://, rediss://, unix://, or redis+sentinel://host,host/service.",
+        env=("REDIS_URL",),
     )
     gateway_workers: int = setting(1, "Processes that share the port.")
     model_id: str | None = setting(
@@ -34,6 +36,7 @@ class GatewaySettings:
         4, "Most stop sequences of a request.", env=("MAX_STOP_SEQUENCES",)
     )
     max_top_n_tokens: int = setting(5, "Largest `top_n_tokens`.", env=("MAX_TOP_N_TOKENS",))
+    max_top_logprobs: int = setting(20, "Largest `top_logprobs` of a chat; OpenAI's own limit.")
     max_client_batch_size: int = setting(
         4,
         "Most prompts of one request, where a route takes several.",
@@ -47,6 +50,10 @@ class GatewaySettings:
     )
     request_deadline_s: float = setting(
         3600.0, "Seconds after which an unfinished request ends with an error."
+    )
+    read_timeout_s: float = setting(
+        30.0,
+        "Seconds that a client may take to send its headers, and then its body; longer is 408.",
     )
     keep_alive_s: float = setting(15.0, "Seconds of silence after which a stream gets a comment.")
     drain_s: float = setting(90.0, "Seconds a stopping gateway may spend on its open streams.")
@@ -65,6 +72,13 @@ class GatewaySettings:
     api_key: str | None = setting(
         None, "Key that clients send as `Authorization: Bearer <key>`.", env=("API_KEY",)
     )
+    api_keys_file: str | None = setting(
+        None, "TOML file of keys with names and limits; a change of it counts at once."
+    )
+    tls_cert: str | None = setting(
+        None, "PEM file with the certificate and its chain: serve HTTPS. A change counts at once."
+    )
+    tls_key: str | None = setting(None, "PEM file with the key of that certificate.")
     compute_type: str | None = setting(
         None, "Value of x-compute-type; the default is `<device>+optimized`.", env=("COMPUTE_TYPE",)
     )
@@ -93,15 +107,18 @@ class GatewaySettings:
             "validation_workers",
             "request_deadline_s",
             "keep_alive_s",
+            "read_timeout_s",
         ):
             if getattr(self, name) <= 0:
                 raise ValueError(
                     f"`{name}` must be strictly positive. Given: {getattr(self, name)}"
                 )
-        for name in ("max_stop_sequences", "max_top_n_tokens", "drain_s"):
+        for name in ("max_stop_sequences", "max_top_n_tokens", "max_top_logprobs", "drain_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be >= 0. Given: {getattr(self, name)}")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"`port` must be >= 0 and <= 65535. Given: {self.port}")
         if self.api_key is not None and not self.api_key.strip():
             raise ValueError("`api_key` must not be blank; leave it out to serve without a key")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("`tls_cert` and `tls_key` need each other; give both or none")

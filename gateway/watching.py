@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from redis.exceptions import RedisError
 
-from common.request_store import WATCH_TTL_S, RequestStore
+from common.request_queue import WATCH_TTL_S
+from common.request_store import RequestStore
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +24,16 @@ class Watches:
         self._new: list[str] = []
         self._has_new = asyncio.Event()
 
-    def add(self, model: str, request_id: str) -> str:
-        """Hold a stream; gives the watcher's name, for `release`."""
+    def add(self, model: str, request_id: str, *, is_noted: bool) -> str:
+        """Hold a stream; gives the watcher's name, for `release`.
+
+        `is_noted`: whoever calls tells the broker, with the request that it enqueues.
+        """
         watcher = uuid.uuid4().hex
         self._held[watcher] = (model, request_id)
-        self._new.append(watcher)
-        self._has_new.set()
+        if not is_noted:
+            self._new.append(watcher)
+            self._has_new.set()
         return watcher
 
     def abandon(self, watcher: str) -> None:

@@ -12,10 +12,15 @@ from pathlib import Path
 
 import pytest
 import redis as sync_redis
+from hypothesis import settings
 from redis.asyncio import Redis
 
 from common.redis_client import open_redis
 from common.redis_keys import ModelKeys
+
+# An example is as slow as the machine is busy: that says nothing about the code.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 
 def server_binary() -> str:

@@ -6,13 +6,14 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
 
 ROOT = Path(__file__).parent.parent
+PROGRAM = ("common.cli",)
 _START_TIMEOUT_S = 60
 
 
@@ -33,11 +34,16 @@ class Process:
     _reading: asyncio.Task | None = None
 
     @classmethod
-    async def start(cls, *arguments: str, env: dict[str, str] | None = None) -> "Process":
+    async def start(
+        cls,
+        *arguments: str,
+        env: dict[str, str] | None = None,
+        program: Sequence[str] = PROGRAM,
+    ) -> "Process":
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "common.cli",
+            *program,
             *arguments,
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
@@ -84,21 +90,23 @@ class Process:
 class Fleet:
     """Any number of gateways and workers on one broker."""
 
-    def __init__(self, redis_url: str) -> None:
+    def __init__(self, redis_url: str, *, program: Sequence[str] = PROGRAM) -> None:
         self.redis_url = redis_url
+        self.program = program
         self.processes: list[Process] = []
 
     async def worker(self, *options: str, model: str = "echo") -> Process:
         """A worker that is ready."""
         process = await Process.start(
-            "worker", "--redis-url", self.redis_url, "--model-id", model, *options
+            *("worker", "--redis-url", self.redis_url, "--model-id", model, *options),
+            program=self.program,
         )
         self.processes.append(process)
         await process.logged("ready")
         return process
 
-    async def gateway(self, *options: str) -> str:
-        """A gateway that answers; its URL."""
+    async def gateway(self, *options: str, ready: str = "/ready") -> str:
+        """A gateway that answers 200 to `ready`; its URL."""
         port = free_port()
         process = await Process.start(
             "gateway",
@@ -109,21 +117,22 @@ class Fleet:
             "--port",
             str(port),
             *options,
+            program=self.program,
         )
         self.processes.append(process)
         url = f"http://127.0.0.1:{port}"
-        await _until_ready(url, process)
+        await _until_ok(f"{url}{ready}", process)
         return url
 
     async def stop(self) -> None:
         await asyncio.gather(*(process.stop(signal.SIGKILL) for process in self.processes))
 
 
-async def _until_ready(url: str, process: Process) -> None:
+async def _until_ok(url: str, process: Process) -> None:
     async with asyncio.timeout(_START_TIMEOUT_S), aiohttp.ClientSession() as session:
         while True:
             try:
-                async with session.get(f"{url}/ready") as answer:
+                async with session.get(url) as answer:
                     if answer.status == 200:
                         return
             except aiohttp.ClientConnectionError:

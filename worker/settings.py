@@ -21,7 +21,9 @@ class WorkerSettings:
         "Name that clients use for the model; the default is the model id, or a folder's name.",
     )
     redis_url: str = setting(
-        "redis://127.0.0.1:6379/0", "Broker: redis://, rediss:// or unix://.", env=("REDIS_URL",)
+        "redis://127.0.0.1:6379/0",
+        "Broker: redis://, rediss://, unix://, or redis+sentinel://host,host/service.",
+        env=("REDIS_URL",),
     )
     device: str = setting("auto", "Where the model runs.", choices=("auto", "cpu", "cuda"))
     dtype: str = setting(

@@ -8,37 +8,59 @@
 --   -2              cancelled: the terminal frame is written
 --   -1000000 - n    the journal is behind (Redis rolled back): send again from n
 --   list of frames  the journal is ahead (a reply was lost, or a gateway seeded it): these are at `base` and after
+-- Runs once for every token that the fleet generates, so the usual case is three commands: it appends first, and takes the
+-- frame back when the journal was not as long as the caller thought. Nobody sees that, because a script is atomic.
+local call, KEYS, ARGV = redis.call, KEYS, ARGV
 local out = {}
+
+local function close(request, journal, queue, kind, token)
+  call('HSET', request, 'state', kind, 'token', '', 'final_token', token)
+  call('PEXPIRE', request, ARGV[2])
+  call('PEXPIRE', journal, ARGV[2])
+  local entry = call('HGET', request, 'entry')
+  call('XACK', queue, ARGV[1], entry)
+  call('XDEL', queue, entry)
+end
+
+local function expire_with(request, journal)
+  local m, time = call('HMGET', request, 'deadline', 'grace'), call('TIME')
+  call('PEXPIRE', journal, math.max(m[1] - time[1] * 1000 - math.floor(time[2] / 1000), 0) + m[2])
+end
+
+local function differs(length, base, journal)
+  if length > base then return call('LRANGE', journal, base, -1) end
+  if length < base then return -1000000 - length end
+end
+
+local function fenced(request, journal, kind, base, token)
+  -- the retry of the very frame that ended the request is no fault
+  local is_end = kind == 'finished' or kind == 'failed'
+  local length = call('LLEN', journal)
+  return is_end and length == base + 1 and call('HGET', request, 'final_token') == token and length or -1
+end
+
 for i = 0, #KEYS / 4 - 1 do
-  local request, journal, queue, channel = KEYS[4 * i + 1], KEYS[4 * i + 2], KEYS[4 * i + 3], KEYS[4 * i + 4]
-  local token, base, kind, frame = ARGV[4 * i + 4], tonumber(ARGV[4 * i + 5]), ARGV[4 * i + 6], ARGV[4 * i + 7]
-  local m = redis.call('HMGET', request, 'token', 'cancel', 'entry', 'deadline', 'grace')
-  local length = redis.call('LLEN', journal)
-  if m[1] ~= token then
-    -- the retry of the very frame that ended the request is no fault
-    local is_retry = (kind == 'finished' or kind == 'failed') and length == base + 1
-      and redis.call('HGET', request, 'final_token') == token
-    out[i + 1] = is_retry and length or -1
-  elseif length > base then out[i + 1] = redis.call('LRANGE', journal, base, -1)
-  elseif length < base then out[i + 1] = -1000000 - length
-  elseif kind == 'touch' and m[2] ~= '1' then out[i + 1] = length
+  local request, journal, at = KEYS[4 * i + 1], KEYS[4 * i + 2], 4 * i + 4
+  local token, base, kind, frame = ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
+  local m = call('HMGET', request, 'token', 'cancel')
+  local is_cancelled = m[2] == '1'
+  if is_cancelled then kind, frame = 'cancelled', ARGV[3] end
+  local place = tonumber(base)
+  if m[1] ~= token then out[i + 1] = fenced(request, journal, ARGV[at + 2], place, token)
+  elseif kind == 'touch' then
+    local length = call('LLEN', journal)
+    out[i + 1] = differs(length, place, journal) or length
   else
-    local is_cancelled = m[2] == '1'
-    if is_cancelled then kind = 'cancelled'; frame = ARGV[3] end
-    length = redis.call('RPUSH', journal, frame)
-    if length == 1 then
-      local time = redis.call('TIME')
-      redis.call('PEXPIRE', journal, math.max(m[4] - time[1] * 1000 - math.floor(time[2] / 1000), 0) + m[5])
+    local length = call('RPUSH', journal, frame)
+    if length ~= place + 1 then
+      call('RPOP', journal)
+      out[i + 1] = differs(length - 1, place, journal)
+    else
+      if length == 1 then expire_with(request, journal) end
+      call('PUBLISH', KEYS[4 * i + 4], base .. ':' .. frame)
+      if kind ~= 'append' then close(request, journal, KEYS[4 * i + 3], kind, token) end
+      out[i + 1] = is_cancelled and -2 or length
     end
-    redis.call('PUBLISH', channel, base .. ':' .. frame)
-    if kind ~= 'append' then
-      redis.call('HSET', request, 'state', kind, 'token', '', 'final_token', token)
-      redis.call('PEXPIRE', request, ARGV[2])
-      redis.call('PEXPIRE', journal, ARGV[2])
-      redis.call('XACK', queue, ARGV[1], m[3])
-      redis.call('XDEL', queue, m[3])
-    end
-    out[i + 1] = is_cancelled and -2 or length
   end
 end
 return out

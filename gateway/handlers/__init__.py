@@ -1,6 +1,7 @@
 """One function a route. A handler reads the request, calls the use case and shapes the answer; it decides nothing.
 
 body.py      the request's JSON as a pydantic model, or the error that says what is wrong with it
+routing.py   which model a request is for
 outcome.py   what became of a generation, into metrics and records
 openai.py    /v1/completions, /v1/chat/completions, /v1/models/{id}
 platforms.py /invocations, /vertex, /chat_tokenize

@@ -1,5 +1,6 @@
 """The request's JSON as a pydantic model, or the error that says what is wrong with it."""
 
+import asyncio
 from typing import Any, TypeVar
 
 from aiohttp import web
@@ -7,7 +8,8 @@ from aiohttp.http_exceptions import HttpProcessingError
 from pydantic import BaseModel
 from pydantic import ValidationError as BodyError
 
-from common.errors import MalformedRequest, ValidationError
+from common.errors import MalformedRequest, RequestTimedOut, ValidationError
+from gateway.services import SERVICES
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -16,7 +18,11 @@ _WRONG_TYPE = "Failed to deserialize the JSON body into the target type: "
 
 
 async def read_body(request: web.Request, cls: type[Body]) -> Body:
-    """Raises MalformedRequest (400), ValidationError (422), HTTPUnsupportedMediaType or HTTPRequestEntityTooLarge."""
+    """The request's body.
+
+    Raises MalformedRequest (400), RequestTimedOut (408), ValidationError (422), HTTPUnsupportedMediaType and
+    HTTPRequestEntityTooLarge.
+    """
     kind = request.content_type
     if kind != "application/json" and not (
         kind.startswith("application/") and kind.endswith("+json")
@@ -24,14 +30,23 @@ async def read_body(request: web.Request, cls: type[Body]) -> Body:
         raise web.HTTPUnsupportedMediaType(
             text="Expected request with `Content-Type: application/json`"
         )
-    try:
-        data = await request.read()
-    except (web.RequestPayloadError, HttpProcessingError) as error:
-        raise MalformedRequest(f"{_NOT_JSON}the body is broken: {error}") from error
+    data = await read_data(request)
     try:
         return cls.model_validate_json(data)
     except BodyError as error:
         raise _in_words(error.errors(include_url=False, include_input=False)[0]) from None
+
+
+async def read_data(request: web.Request) -> bytes:
+    """The body as it came. Raises MalformedRequest, RequestTimedOut and HTTPRequestEntityTooLarge."""
+    limit_s = request.app[SERVICES].settings.read_timeout_s
+    try:
+        async with asyncio.timeout(limit_s):
+            return await request.read()
+    except TimeoutError as error:
+        raise RequestTimedOut(f"The body did not arrive within {limit_s:g} s") from error
+    except (web.RequestPayloadError, HttpProcessingError) as error:
+        raise MalformedRequest(f"{_NOT_JSON}the body is broken: {error}") from error
 
 
 def _in_words(problem: dict[str, Any]) -> Exception:

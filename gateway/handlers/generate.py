@@ -11,9 +11,17 @@ from aiohttp import web
 from common.errors import FleetError, IdempotencyConflict, Unavailable, ValidationError
 from common.messages import Finish, GenerationRequest, ModelCard, OnDisconnect
 from common.telemetry import inject
+from gateway.access import holder_of, tenant_of, with_owner
 from gateway.generation import FrameStream
 from gateway.handlers.body import read_body
-from gateway.handlers.outcome import observed, record_finish, record_stream, with_way_back
+from gateway.handlers.outcome import (
+    observed,
+    record_finish,
+    record_start,
+    record_stream,
+    with_way_back,
+)
+from gateway.handlers.routing import header_of, model_of
 from gateway.native_format import StreamFormat, answer_json
 from gateway.presentation import presentation_of
 from gateway.record import RECORD, RequestRecord
@@ -50,7 +58,7 @@ async def tokenize(request: web.Request) -> web.Response:
     body = await read_body(request, GenerateBody)
     if not body.inputs:
         raise ValidationError("Input validation error: `inputs` cannot be empty")
-    model = await request.app[SERVICES].directory.find(body.model)
+    model = await model_of(request, body.model)
     spans = await model.tokenizer.spans(body.inputs)
     kept = spans[-body.parameters.truncate :] if body.parameters.truncate else spans
     return web.json_response(text=json.dumps(spans_json(kept), ensure_ascii=False))
@@ -76,6 +84,7 @@ async def _answer(
             )
         finish = answers[0].finish
         record_finish(record, finish, first_token_s=validated_s + answers[0].first_token_s)
+        record.generated_tokens = sum(answer.finish.generated_tokens for answer in answers)
         text = answer_json(valid, answers)
         headers = _compute_headers(services, valid, card)
         headers |= _time_headers(record, valid, finish, validation_s=validated_s)
@@ -170,10 +179,10 @@ async def _validate(
 ) -> tuple[ValidGeneration, ModelCard]:
     """Admit and check a request; its permits live as long as `permits`."""
     services, record = request.app[SERVICES], request[RECORD]
-    permits.enter_context(services.admission.permit())
-    terms = terms_of(request)
+    permits.enter_context(services.admission.permit(holder=holder_of(request)))
+    terms = terms_of(request, tenant=tenant_of(request))
     services.broker.check()
-    model = await services.directory.find(body.model)
+    model = await model_of(request, body.model)
     record.model, record.id = model.name, terms.request_id or record.id
     valid = await validate(
         body,
@@ -185,33 +194,38 @@ async def _validate(
         created_at=record.created_at,
         traceparent=inject(),
     )
-    valid = _on_terms(valid, terms, body)
+    valid = _on_terms(request, valid, terms, body)
     if terms.request_id:
         known = await services.finder.lookup(valid.request.id)
         if known and known.fingerprint != valid.request.fingerprint:
             raise IdempotencyConflict()
-    permits.enter_context(services.admission.permit(len(valid.requests) - 1))
+    num_more = len(valid.requests) - 1
+    permits.enter_context(services.admission.permit(num_more, holder=holder_of(request)))
     record.prompt_tokens = valid.num_prompt_tokens
+    record_start(record, valid.requests)
     services.metrics.observe_start(valid.request, validation_s=record.elapsed_s)
     return valid, model.card
 
 
-def _on_terms(valid: ValidGeneration, terms: Terms, body: GenerateBody) -> ValidGeneration:
-    """Note in the requests what a retry must find again."""
+def _on_terms(
+    http: web.Request, valid: ValidGeneration, terms: Terms, body: GenerateBody
+) -> ValidGeneration:
+    """Note in the requests whose they are, and what a retry must find again."""
 
     def noted(request: GenerationRequest) -> GenerationRequest:
         sampling = request.sampling
         if terms.request_id and sampling.do_sample and body.parameters.seed is None:
             sampling = replace(sampling, seed=seed_of(request.id))
         return replace(
-            request,
+            with_owner(request, http, asked_priority=body.priority),
             sampling=sampling,
             on_disconnect=terms.on_disconnect,
             fingerprint=fingerprint,
             presentation=presentation,
         )
 
-    fingerprint, presentation = fingerprint_of(body), presentation_of(valid)
+    fingerprint = fingerprint_of(body, tenant_of(http), header_of(http))
+    presentation = presentation_of(valid)
     return replace(valid, requests=tuple(noted(request) for request in valid.requests))
 
 

@@ -11,11 +11,18 @@ from aiohttp import web
 from common.errors import FleetError, IdempotencyConflict, Unavailable, ValidationError
 from common.messages import GenerationRequest, ModelCard, OnDisconnect
 from common.telemetry import inject
+from gateway.access import holder_of, tenant_of, with_owner
 from gateway.generation import Completion, FrameStream
 from gateway.handlers.body import read_body
-from gateway.handlers.outcome import observed, record_finish, record_stream, with_way_back
+from gateway.handlers.outcome import (
+    observed,
+    record_finish,
+    record_start,
+    record_stream,
+    with_way_back,
+)
+from gateway.handlers.routing import header_of, model_of
 from gateway.handlers.system import model_entry, package_version
-from gateway.model_directory import ServedModel
 from gateway.openai_errors import openai_error_event
 from gateway.openai_format import Envelope, answer_json, envelope_of
 from gateway.openai_stream import StreamFormat
@@ -24,14 +31,11 @@ from gateway.presentation import presentation_of
 from gateway.record import RECORD, RequestRecord
 from gateway.resumption import EventId, Terms, fingerprint_of, seed_of, terms_of
 from gateway.schemas.openai import ChatBody, CommonBody, CompletionBody
-from gateway.services import SERVICES, Services
+from gateway.services import SERVICES
 from gateway.sse import EventStream
 from gateway.validation import ValidGeneration
 
 logger = logging.getLogger(__name__)
-
-# What clients send that were told no model: text-generation and examples of TGI, huggingface_hub.
-_PLACEHOLDERS = frozenset(("tgi", "dummy"))
 
 Validate = Callable[..., Awaitable[ValidCall]]
 
@@ -77,10 +81,10 @@ async def _validated(
 ) -> tuple[ValidCall, ModelCard]:
     """Admit and check a call; its permits live as long as `permits`."""
     services, record = request.app[SERVICES], request[RECORD]
-    permits.enter_context(services.admission.permit())
-    terms = terms_of(request)
+    permits.enter_context(services.admission.permit(holder=holder_of(request)))
+    terms = terms_of(request, tenant=tenant_of(request))
     services.broker.check()
-    model = await find_model(services, body.model)
+    model = await model_of(request, body.model)
     record.model, record.id = model.name, terms.request_id or record.id
     call = await validate(
         body,
@@ -90,32 +94,27 @@ async def _validated(
         created_at=record.created_at,
         traceparent=inject(),
     )
-    call = _on_terms(call, terms, body)
+    call = _on_terms(request, call, terms, body)
     if terms.request_id:
         known = await services.finder.lookup(call.requests[0].id)
         if known and known.fingerprint != call.requests[0].fingerprint:
             raise IdempotencyConflict()
-    permits.enter_context(services.admission.permit(len(call.requests) - 1))
+    num_more = len(call.requests) - 1
+    permits.enter_context(services.admission.permit(num_more, holder=holder_of(request)))
     record.prompt_tokens = call.num_prompt_tokens
+    record_start(record, call.requests)
     for made in call.requests:
         services.metrics.observe_start(made, validation_s=record.elapsed_s)
     return call, model.card
 
 
-async def find_model(services: Services, name: str | None) -> ServedModel:
-    """The model called `name`, or the default. Raises as `ModelDirectory.find`."""
-    if name in _PLACEHOLDERS and name not in {model.name for model in services.directory.models}:
-        name = None
-    return await services.directory.find(name)
-
-
-def _on_terms(call: ValidCall, terms: Terms, body: CommonBody) -> ValidCall:
-    """Note in the requests what a retry must find again."""
+def _on_terms(http: web.Request, call: ValidCall, terms: Terms, body: CommonBody) -> ValidCall:
+    """Note in the requests whose they are, and what a retry must find again."""
     if terms.last_event and len(call.requests) > 1:
         raise ValidationError(
             "Input validation error: `Last-Event-ID` is not supported with several choices"
         )
-    fingerprint = fingerprint_of(body)
+    fingerprint = fingerprint_of(body, tenant_of(http), header_of(http))
 
     def noted(request: GenerationRequest) -> GenerationRequest:
         sampling = request.sampling
@@ -129,7 +128,7 @@ def _on_terms(call: ValidCall, terms: Terms, body: CommonBody) -> ValidCall:
             keeps_special_tokens=call.keeps_special_tokens,
         )
         return replace(
-            request,
+            with_owner(request, http, asked_priority=body.priority),
             sampling=sampling,
             on_disconnect=terms.on_disconnect,
             fingerprint=fingerprint,

@@ -1,10 +1,10 @@
 """What became of a generation: into the metrics, into the record of its HTTP request, and into its last event."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from common.errors import FleetError, Unavailable
-from common.messages import Finish
+from common.messages import Finish, GenerationRequest
 from gateway.generation import FrameStream
 from gateway.record import RequestRecord
 from gateway.services import Services
@@ -25,6 +25,11 @@ async def observed(services: Services, record: RequestRecord) -> AsyncIterator[l
         record.error_type = late[0].kind if isinstance(late[0], FleetError) else "internal"
     else:
         services.metrics.observe_success(duration_s=record.elapsed_s)
+
+
+def record_start(record: RequestRecord, requests: Sequence[GenerationRequest]) -> None:
+    record.max_new_tokens = sum(request.stopping.max_new_tokens for request in requests)
+    record.on_disconnect = requests[0].on_disconnect
 
 
 def record_stream(record: RequestRecord, frames: FrameStream, *, validated_s: float) -> None:

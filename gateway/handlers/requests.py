@@ -4,8 +4,9 @@ from typing import Any
 
 from aiohttp import web
 
-from common.errors import ValidationError
+from common.errors import RequestNotFound, ValidationError
 from common.request_store import RequestStatus
+from gateway.access import holder_of, require_own
 from gateway.handlers.generate import relay_stream
 from gateway.presentation import format_as_before
 from gateway.record import RECORD
@@ -14,9 +15,16 @@ from gateway.services import SERVICES
 
 
 async def status(request: web.Request) -> web.Response:
-    """State, attempts, tokens so far and times of a request; known until ten minutes after its end."""
-    found = await request.app[SERVICES].finder.status(_id_in(request))
-    return web.json_response(_status_body(found))
+    """State, attempts, tokens so far and times of a request; known until ten minutes after its end.
+
+    One with `n` or `best_of` above 1 is several sequences, each with a state of its own.
+    """
+    finder, request_id = request.app[SERVICES].finder, _id_in(request)
+    rows = [
+        _status_body(await finder.status(require_own(sequence, request).id))
+        for sequence in await finder.sequences(request_id)
+    ]
+    return web.json_response(_body_of(request_id, rows))
 
 
 async def stream(request: web.Request) -> web.StreamResponse:
@@ -26,8 +34,8 @@ async def stream(request: web.Request) -> web.StreamResponse:
     """
     services, record = request.app[SERVICES], request[RECORD]
     last_event = _last_event(request)
-    with services.admission.permit():
-        known = await services.finder.find(_id_in(request))
+    with services.admission.permit(holder=holder_of(request)):
+        known = require_own(await services.finder.find(_id_in(request)), request)
         record.model = known.model
         if last_event and await _is_last(request, last_event):
             return web.Response(status=204)  # tells an EventSource to come back no more
@@ -41,15 +49,19 @@ async def stream(request: web.Request) -> web.StreamResponse:
 
 async def cancel(request: web.Request) -> web.Response:
     """End a request; its readers get an error as the last event. Harmless when it has ended already."""
-    services = request.app[SERVICES]
-    known = await services.finder.find(_id_in(request))
-    was_live = await services.generator.cancel(known)
-    found = await services.finder.status(known.id)
-    return web.json_response({"cancelled": was_live, **_status_body(found)})
+    services, request_id = request.app[SERVICES], _id_in(request)
+    rows = []
+    for known in await services.finder.sequences(request_id):
+        was_live = await services.generator.cancel(require_own(known, request))
+        found = await services.finder.status(known.id)
+        rows.append({"cancelled": was_live, **_status_body(found)})
+    return web.json_response(_body_of(request_id, rows))
 
 
 def _id_in(request: web.Request) -> str:
     request_id = request.match_info["request_id"]
+    if not (request_id.isascii() and request_id.isprintable()):  # it becomes a header of the answer
+        raise RequestNotFound()
     request[RECORD].id = request_id
     return request_id
 
@@ -67,6 +79,12 @@ def _last_event(request: web.Request) -> EventId | None:
 async def _is_last(request: web.Request, event: EventId) -> bool:
     found = await request.app[SERVICES].finder.status(event.request_id)
     return found.has_ended and found.finish is not None and event.index == found.num_frames - 1
+
+
+def _body_of(request_id: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The request's own row, or those of its sequences."""
+    is_single = len(rows) == 1 and rows[0]["id"] == request_id
+    return rows[0] if is_single else {"id": request_id, "sequences": rows}
 
 
 def _status_body(status: RequestStatus) -> dict[str, Any]:

@@ -7,9 +7,18 @@ knows and we cannot serve has the type `Unsupported` and is refused by name.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from gateway.schemas.native import Body, Float32, Int32
+from gateway.schemas.native import (
+    AT_LEAST_0,
+    PENALTY,
+    POSITIVE,
+    UNIT,
+    Body,
+    Float32,
+    Int32,
+    Text,
+)
 
 AnyInt64 = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -38,30 +47,48 @@ class CommonBody(StrictBody):
     )
     stream: bool | None = Field(None, description="Answer as server-sent events.")
     stream_options: StreamOptions | None = None
-    n: Int32 | None = Field(None, description="How many answers to a prompt; default 1.")
+    n: Int32 | None = Field(
+        None,
+        description="How many answers to a prompt; default 1.",
+        json_schema_extra={"minimum": 1, "maximum": 128},
+    )
     temperature: Float32 | None = Field(
-        None, description="0 to 2; 0 takes the likeliest token. Default 1."
+        None,
+        description="0 to 2; 0 takes the likeliest token. Default 1.",
+        json_schema_extra={"minimum": 0, "maximum": 2},
     )
     top_p: Float32 | None = Field(
-        None, description="Sample among the tokens that make up this probability; default 1."
+        None,
+        description="Sample among the tokens that make up this probability; default 1.",
+        json_schema_extra=UNIT,
     )
-    frequency_penalty: Float32 | None = Field(None, description="-2 to 2.")
-    presence_penalty: Float32 | None = Field(None, description="-2 to 2.")
+    frequency_penalty: Float32 | None = Field(
+        None, description="-2 to 2.", json_schema_extra=PENALTY
+    )
+    presence_penalty: Float32 | None = Field(
+        None, description="-2 to 2.", json_schema_extra=PENALTY
+    )
     logit_bias: dict[str, Float32] | None = Field(
         None, description="Added to the logits, by token id; -100 to 100."
     )
-    stop: str | list[str] | None = Field(
+    stop: Text | list[Text] | None = Field(
         None, description="Texts that end the answer and are cut from it."
     )
     seed: AnyInt64 | None = Field(None, description="Makes sampling repeatable.")
     user: str | None = Field(None, description="Accepted; has no effect.")
     # extras of vLLM and TGI
     top_k: Int32 | None = Field(
-        None, description="Extra: sample among the k likeliest; 0, -1: all."
+        None,
+        description="Extra: sample among the k likeliest; 0, -1: all.",
+        json_schema_extra={"minimum": -1},
     )
-    min_p: Float32 | None = Field(None, description="Extra: 0 to 1.")
-    repetition_penalty: Float32 | None = Field(None, description="Extra: > 0; 1 is none.")
-    min_tokens: Int32 | None = Field(None, description="Extra: no end before this many tokens.")
+    min_p: Float32 | None = Field(None, description="Extra: 0 to 1.", json_schema_extra=UNIT)
+    repetition_penalty: Float32 | None = Field(
+        None, description="Extra: > 0; 1 is none.", json_schema_extra=POSITIVE
+    )
+    min_tokens: Int32 | None = Field(
+        None, description="Extra: no end before this many tokens.", json_schema_extra=AT_LEAST_0
+    )
     ignore_eos: bool | None = Field(None, description="Extra: go on after an end of sequence.")
     include_stop_str_in_output: bool | None = Field(
         None, description="Extra: leave the stop text in the answer."
@@ -230,136 +257,3 @@ class ChatBody(CommonBody):
     store: Unsupported = None
     verbosity: Unsupported = None
     web_search_options: Unsupported = None
-
-
-class PromptTokensDetails(BaseModel):
-    cached_tokens: int = Field(description="Found in the prefix cache.")
-
-
-class Usage(BaseModel):
-    """Token counts; the answer's count its end-of-sequence token."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-
-class CompletionLogprobs(BaseModel):
-    """Log-probabilities of completions: lists of equal length."""
-
-    text_offset: list[int]
-    token_logprobs: list[float | None]
-    tokens: list[str]
-    top_logprobs: list[dict[str, float] | None] | None
-
-
-class CompletionChoice(BaseModel):
-    text: str
-    index: int
-    logprobs: CompletionLogprobs | None
-    finish_reason: str | None = Field(description="`stop` or `length`; null before the end.")
-
-
-class CompletionAnswer(BaseModel):
-    """The answer of /v1/completions, and a chunk of its stream."""
-
-    id: str
-    object: str = "text_completion"
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[CompletionChoice]
-    usage: Usage | None
-
-
-class TopLogprob(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(BaseModel):
-    content: list[TokenLogprob]
-    refusal: None
-
-
-class AnsweredCall(BaseModel):
-    id: str
-    type: str = "function"
-    function: CalledFunction
-
-
-class AnswerMessage(BaseModel):
-    role: str = "assistant"
-    content: str | None
-    refusal: None
-    tool_calls: list[AnsweredCall] | None = None
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: AnswerMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: str = Field(description="`stop`, `length` or `tool_calls`.")
-
-
-class ChatAnswer(BaseModel):
-    """The answer of /v1/chat/completions."""
-
-    id: str
-    object: str = "chat.completion"
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class CallDelta(BaseModel):
-    index: int
-    id: str | None = None
-    type: str | None = None
-    function: dict[str, str]
-
-
-class MessageDelta(BaseModel):
-    role: str | None = None
-    content: str | None = None
-    tool_calls: list[CallDelta] | None = None
-
-
-class ChunkChoice(BaseModel):
-    index: int
-    delta: MessageDelta
-    logprobs: ChatLogprobs | None
-    finish_reason: str | None
-
-
-class ChatChunk(BaseModel):
-    """One event of a streamed chat; `data: [DONE]` follows the last."""
-
-    id: str
-    object: str = "chat.completion.chunk"
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[ChunkChoice]
-    usage: Usage | None = None
-
-
-class OpenAIError(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class OpenAIErrorAnswer(BaseModel):
-    """The body of every error under /v1, and the data of an error event there."""
-
-    error: OpenAIError

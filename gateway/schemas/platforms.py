@@ -2,14 +2,24 @@
 
 from pydantic import BaseModel, Field, RootModel
 
-from gateway.schemas.native import Body, CompatBody, GenerateBody, TokenSpan
+from gateway.schemas.native import Body, CompatBody, GenerateBody
+from gateway.schemas.native_answers import GenerateAnswer, StreamEvent, TokenSpan
 from gateway.schemas.openai import ChatBody, CompletionBody
+from gateway.schemas.openai_answers import ChatAnswer, ChatChunk, CompletionAnswer
 
 
 class InvocationBody(RootModel[CompatBody | ChatBody | CompletionBody]):
     """With `inputs` the body of `POST /`, else with `messages` a chat's, else a completion's."""
 
     model_config = {"json_schema_extra": {"examples": [{"inputs": "The capital of France is"}]}}
+
+
+class InvocationAnswer(RootModel[list[GenerateAnswer] | ChatAnswer | CompletionAnswer]):
+    """The answer of the route that serves such a body."""
+
+
+class InvocationEvent(RootModel[StreamEvent | ChatChunk | CompletionAnswer]):
+    """An event of the route that serves such a body."""
 
 
 class VertexBody(Body):

@@ -32,25 +32,41 @@ class Schemas {
 
   typeName(schema) {
     if (!schema) return "";
+    const options = schema.anyOf ?? schema.oneOf;
+    if (options) return [...new Set(options.map((option) => this.typeName(option)))].filter((name) => name !== "null" || this.showsNull).join(" | ");
     if (schema.$ref) return "object";
-    if (schema.anyOf) return schema.anyOf.map((option) => this.typeName(option)).join(" | ");
     if (schema.type === "array") return `list of ${this.typeName(schema.items)}`;
-    return (schema.type ?? "any") + (schema.nullable ? " | null" : "");
+    return schema.type ?? "any";
   }
 
-  /** Table rows of an object's fields; nested objects follow their field, indented. */
-  rows(schema, depth = 0) {
+  /** The objects that a schema can be: itself, or those that it names as alternatives. */
+  options(schema) {
+    const whole = this.resolve(schema);
+    const options = whole?.anyOf ?? whole?.oneOf;
+    if (!options) return whole?.type === "array" ? this.options(whole.items) : [whole];
+    return options.flatMap((option) => this.options(option)).filter((option) => option?.properties);
+  }
+
+  /** What an event's data holds. */
+  ofEvent(schema) {
+    const data = this.resolve(schema)?.properties?.data;
+    return (data?.anyOf?.at(-1) ?? data)?.contentSchema.anyOf[0];
+  }
+
+  /** Table rows of an object's fields; nested objects follow their field, indented. What may be left out may be null. */
+  rows(schema, { depth = 0, isAnswer = false } = {}) {
+    this.showsNull = isAnswer;
     const { properties = {}, required = [] } = this.resolve(schema) ?? {};
     return Object.entries(properties).flatMap(([name, field]) => {
-      const inner = field.$ref ?? field.allOf?.[0]?.$ref;
+      const inner = field.$ref ?? field.anyOf?.filter((option) => option.type !== "null").map((option) => option.$ref)[0];
       const preset = field.default != null && typeof field.default !== "object" ? `, default ${field.default}` : "";
       const row = element("tr", { class: depth ? "inner" : null },
         element("td", {},
           element("span", { class: "name" }, name),
-          required.includes(name) ? element("span", { class: "must", title: "required" }, " *") : null,
+          required.includes(name) && !isAnswer ? element("span", { class: "must", title: "required" }, " *") : null,
           element("span", { class: "type" }, this.typeName(field) + preset)),
         element("td", {}, ...prose(field.description ?? "")));
-      return inner ? [row, ...this.rows({ $ref: inner }, depth + 1)] : [row];
+      return inner ? [row, ...this.rows({ $ref: inner }, { depth: depth + 1, isAnswer })] : [row];
     });
   }
 
@@ -61,7 +77,8 @@ class Schemas {
     const body = {};
     for (const [name, field] of Object.entries(properties)) {
       if (field.examples && (required.includes(name) || name === "max_new_tokens")) body[name] = field.examples[0];
-      if (field.$ref) body[name] = this.example(field);
+      const inner = field.$ref ?? field.anyOf?.find((option) => option.$ref)?.$ref;
+      if (inner && name === "parameters") body[name] = this.example({ $ref: inner });
     }
     return body;
   }
@@ -91,10 +108,23 @@ function textOf(data) {
   return data?.generated_text ?? choice?.text ?? choice?.message?.content ?? choice?.delta?.content ?? "";
 }
 
+/** What a part of a path is, until its field says something else: the page knows better with every answer. */
+const known = { request_id: "", model: "" };
+
+function learn(name, value) {
+  if (!value) return;
+  known[name] = value;
+  for (const field of document.querySelectorAll(`input[data-part="${name}"]`)) field.placeholder = value;
+}
+
 class TryBox {
-  constructor(method, path, example) {
+  constructor(method, path, example, makesRequest) {
     this.method = method;
-    this.path = path;
+    this.makesRequest = makesRequest;
+    this.template = path;
+    this.parts = [...path.matchAll(/{(\w+)}/g)].map(([, name]) => element("input", {
+      "data-part": name, "aria-label": name, placeholder: name, autocomplete: "off", spellcheck: "false",
+    }));
     this.input = example && element("textarea", { spellcheck: "false", "aria-label": "Request body" });
     if (this.input) {
       this.input.value = JSON.stringify(example, null, 2);
@@ -109,9 +139,15 @@ class TryBox {
     this.stopButton = element("button", { type: "button", hidden: true, onclick: () => this.abort.abort() }, "Stop");
     this.copyButton = element("button", { type: "button", onclick: () => this.copy() }, "Copy as curl");
     this.node = element("div", {},
-      element("h3", {}, "Try it"), this.input,
+      element("h3", {}, "Try it"), ...this.parts, this.input,
       element("div", { class: "actions" }, this.sendButton, this.stopButton, this.copyButton, this.line),
       this.said, this.raw);
+  }
+
+  get path() {
+    const value = (input) => input.value || known[input.dataset.part];
+    return this.parts.reduce(
+      (path, input) => path.replace(`{${input.dataset.part}}`, encodeURIComponent(value(input))), this.template);
   }
 
   headers() {
@@ -133,6 +169,7 @@ class TryBox {
       const response = await fetch(this.path, {
         method: this.method, headers: this.headers(), body: this.input?.value, signal: this.abort.signal,
       });
+      if (this.makesRequest) learn("request_id", response.headers.get("x-request-id"));
       if (response.headers.get("content-type")?.startsWith("text/event-stream")) await this.follow(response, seconds);
       else await this.whole(response, seconds);
     } catch (error) {
@@ -187,26 +224,44 @@ function fieldTable(title, rows) {
   return rows.length ? [element("h3", {}, title), element("table", { class: "fields" }, element("tbody", {}, ...rows))] : [];
 }
 
+/** The fields of an object, or of each object that it can be. */
+function fields(schemas, title, schema, isAnswer) {
+  const options = schema ? schemas.options(schema) : [];
+  return options.flatMap((option, index) => {
+    const name = options.length > 1 ? `${index ? "or" : title}: ${option.title}` : title;
+    return fieldTable(name, schemas.rows(option, { isAnswer }));
+  });
+}
+
+function headerTable(parameters) {
+  const rows = parameters.map(({ name, description, schema }) => element("tr", {},
+    element("td", {}, element("span", { class: "name" }, name),
+      element("span", { class: "type" }, schema.enum?.join(" | ") ?? schema.type)),
+    element("td", {}, ...prose(description))));
+  return fieldTable("Headers", rows);
+}
+
 function card(schemas, method, path, operation) {
   const body = operation.requestBody?.content["application/json"].schema;
   const content = operation.responses["200"].content ?? {};
   const plain = content["application/json"]?.schema;
   const stream = content["text/event-stream"]?.schema;
-  const errors = Object.entries(operation.responses).filter(([status]) => status !== "200");
+  const errors = Object.entries(operation.responses).filter(([status]) => status >= "400");
   const facts = element("div", {},
     element("p", {}, ...prose(operation.description)),
-    ...fieldTable("Body", body ? schemas.rows(body) : []),
-    ...fieldTable("Answer", plain ? schemas.rows(plain.items ?? plain) : []),
-    ...fieldTable("Each event", stream ? schemas.rows(stream) : []),
+    ...fields(schemas, "Body", body),
+    ...headerTable((operation.parameters ?? []).filter((parameter) => parameter.in === "header")),
+    ...fields(schemas, plain?.type === "array" ? "Answer, a list of" : "Answer", plain, true),
+    ...fields(schemas, "Each event's data", stream && schemas.ofEvent(stream), true),
     ...(errors.length ? [element("h3", {}, "Errors"), element("div", { class: "errors" }, element("ul", {},
       ...errors.map(([status, error]) => element("li", {}, element("code", {}, status), error.description))))] : []));
-  const box = new TryBox(method.toUpperCase(), path, body && schemas.example(body));
+  const box = new TryBox(method.toUpperCase(), path, body && schemas.example(body), "links" in operation.responses["200"]);
   return element("details", { class: "route", id: anchor(method, path), open: path === "/generate_stream" },
     element("summary", {},
       element("span", { class: `verb ${method}` }, method.toUpperCase()),
       element("span", { class: "path" }, path),
       element("span", { class: "what" }, operation.summary)),
-    element("div", { class: `content${body ? "" : " narrow"}` }, facts, box.node));
+    element("div", { class: `content${body || plain || stream ? "" : " narrow"}` }, facts, box.node));
 }
 
 function openTarget() {
@@ -224,7 +279,9 @@ function draw(document) {
     for (const [path, operations] of Object.entries(document.paths)) {
       for (const [method, operation] of Object.entries(operations)) {
         if (!operation.tags.includes(name)) continue;
-        $("nav").append(element("a", { href: `#${anchor(method, path)}` }, path));
+        $("nav").append(element("a", { href: `#${anchor(method, path)}` },
+          element("span", { class: `verb ${method}` }, (method === "delete" ? "del" : method).toUpperCase()),
+          element("span", {}, ...path.split(/(?=\/)/).flatMap((part) => [element("wbr"), part]))));
         $("routes").append(card(schemas, method, path, operation));
       }
     }
@@ -239,6 +296,7 @@ async function watch() {
     $("health").textContent = health.ok ? "ready" : "no worker is ready";
     $("health").className = `health ${health.ok ? "ok" : "down"}`;
     $("models").textContent = names.join(", ");
+    learn("model", names[0]);
   } catch {
     $("health").textContent = "no answer";
     $("health").className = "health down";

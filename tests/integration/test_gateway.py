@@ -187,6 +187,7 @@ async def test_many_streams_at_once(session, worker):
     async def one(number: int) -> bool:
         body = {"inputs": f"prompt {number}"}
         async with session.post("/generate_stream", json=body) as response:
+            assert response.status == 200, await response.text()
             events = [data async for _, data in sse(response)]
         return events[-1]["generated_text"] == response.headers["x-request-id"] + " a b"
 
@@ -200,6 +201,22 @@ async def test_best_of(session, worker):
     assert len(details["best_of_sequences"]) == 1
     first, second = await worker.leased.get(), await worker.leased.get()
     assert {first.id, second.id} == {f"{response.headers['x-request-id']}-{n}" for n in (0, 1)}
+
+
+async def test_request_of_several_sequences_tells_of_each(session, worker):
+    body = {"inputs": "Hi", "parameters": {"best_of": 2, "do_sample": True}}
+    async with session.post("/generate", json=body) as answer:
+        request_id = answer.headers["x-request-id"]
+    async with session.get(f"/requests/{request_id}") as answer:
+        told = await answer.json()
+        assert answer.status == 200, told
+    assert told["id"] == request_id
+    assert [row["id"] for row in told["sequences"]] == [f"{request_id}-0", f"{request_id}-1"]
+    assert {row["state"] for row in told["sequences"]} == {"finished"}
+    async with session.delete(f"/requests/{request_id}") as answer:
+        assert [row["cancelled"] for row in (await answer.json())["sequences"]] == [False, False]
+    async with session.get("/requests/unknown") as answer:
+        assert answer.status == 404
 
 
 async def test_client_that_leaves_cancels_a_running_request(session, worker):

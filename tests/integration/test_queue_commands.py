@@ -43,7 +43,7 @@ async def poisoned(queue: RequestQueue, redis: Redis, keys: ModelKeys) -> str:
     for number in range(MAX_STALLED + 1):
         worker = f"w{number}"
         await queue.lease(worker, await queue.fetch(worker, count=1))
-        await queue.revoke_abandoned(lease_s=0.0)
+        await queue.revoke_abandoned()
     assert await redis.hget(keys.request(request.id), "state") == b"failed"
     return request.id
 

@@ -10,6 +10,7 @@ from common.lua import Scripts
 from common.redis_client import open_redis
 from common.redis_keys import ModelKeys
 from common.request_queue import Append, Lease, RequestQueue
+from common.request_store import RequestStore
 from common.token_journal import TokenJournal
 from tests.requests import a_request, frames_of
 
@@ -60,6 +61,17 @@ async def test_request_goes_through_the_queue_once(
     depth = await queue.depth()
     assert (depth.waiting, depth.running) == (0, 0)
     assert await redis.hget(keys.request(request.id), "state") == b"finished"
+
+
+async def test_enqueueing_notes_who_reads_the_stream(
+    queue: RequestQueue, redis: Redis, keys: ModelKeys
+):
+    request = a_request()
+    assert await queue.enqueue(request, max_waiting=10, watcher="first")
+    assert not await queue.enqueue(request, max_waiting=10, watcher="second")
+    assert await redis.smembers(keys.watchers(request.id)) == {b"first", b"second"}
+    assert 0 < await redis.pttl(keys.watchers(request.id)) <= 60_000
+    assert await RequestStore(redis, keys).unwatch(request.id, "first") == 1
 
 
 async def test_entry_and_state_are_readable(queue: RequestQueue, redis: Redis, keys: ModelKeys):
@@ -129,7 +141,7 @@ async def test_old_holder_is_fenced(queue: RequestQueue, redis: Redis, keys: Mod
     old = await take(queue)
     frames = frames_of(old.request.id, ["a", "b", "c"])
     await put(queue, old, 0, frames[0])
-    assert await queue.revoke_abandoned(lease_s=0) == 1, "w1 has no heartbeat"
+    assert await queue.revoke_abandoned() == 1, "w1 has no heartbeat"
     assert (await put(queue, old, 1, frames[1])).is_fenced
 
     new = await take(queue, "w2")
@@ -142,8 +154,8 @@ async def test_old_holder_is_fenced(queue: RequestQueue, redis: Redis, keys: Mod
 async def test_living_worker_is_not_revoked(queue: RequestQueue, redis: Redis, keys: ModelKeys):
     await queue.enqueue(a_request(), max_waiting=10)
     lease = await take(queue)
-    await redis.set(keys.heartbeat("w1"), 1)
-    assert await queue.revoke_abandoned(lease_s=0) == 0
+    await redis.set(keys.heartbeat("w1"), 5000, px=5000)
+    assert await queue.revoke_abandoned() == 0
     assert (await put(queue, lease, 0, frames_of(lease.request.id, ["a"])[0])).is_ok
 
 
@@ -203,7 +215,7 @@ async def test_request_that_kills_its_workers_becomes_a_dead_letter(
     await queue.enqueue(request, max_waiting=10)
     for attempt in range(3):
         assert await take(queue, f"w{attempt}") is not None
-        assert await queue.revoke_abandoned(lease_s=0) == 1
+        assert await queue.revoke_abandoned() == 1
     assert await take(queue, "w4") is None
     [(_, letter)] = await redis.xrange(keys.dead_letters)
     assert letter[b"id"] == request.id.encode() and letter[b"reason"] == b"no progress"
@@ -218,7 +230,7 @@ async def test_progress_forgives_earlier_attempts(queue: RequestQueue):
         lease = await take(queue, f"w{attempt}")
         frames = frames or frames_of(lease.request.id, list("abcdefgh"))
         await put(queue, lease, attempt, frames[attempt])
-        await queue.revoke_abandoned(lease_s=0)
+        await queue.revoke_abandoned()
     assert await take(queue) is not None
 
 
@@ -259,3 +271,29 @@ async def test_missing_broker_is_an_error_within_the_patience(keys: ModelKeys, t
     with pytest.raises(Unavailable):
         await queue.enqueue(a_request(), max_waiting=10)
     await redis.aclose()
+
+
+async def test_who_told_nothing_before_its_worker_died_is_a_suspect(queue: RequestQueue):
+    silent, talking = a_request(), a_request()
+    for request in (silent, talking):
+        await queue.enqueue(request, max_waiting=10)
+    leases = await queue.lease("w1", await queue.fetch("w1", count=2))
+    [lease] = [lease for lease in leases if lease.request.id == talking.id]
+    await put(queue, lease, 0, frames_of(talking.id, ["a", "b"])[0])
+    await queue.revoke_abandoned()
+    entries = await queue.fetch("w2", count=2)
+    suspects = {silent.id: True, talking.id: False}
+    assert {entry.request_id: entry.is_suspect for entry in entries} == suspects
+    await queue.lease("w2", [entry for entry in entries if not entry.is_suspect])
+    await queue.revoke_abandoned()
+    entries = await queue.fetch("w3", count=2)
+    assert {entry.request_id: entry.is_suspect for entry in entries}[silent.id], "still not tried"
+
+
+async def test_heartbeat_from_before_the_clock_was_set_back_is_none(
+    queue: RequestQueue, redis: Redis, keys: ModelKeys
+):
+    await queue.enqueue(a_request(), max_waiting=10)
+    await take(queue, "w1")
+    await redis.set(keys.heartbeat("w1"), 5000, px=5000 + 3_600_000)
+    assert await queue.revoke_abandoned() == 1

@@ -10,7 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 from common.client import FleetClient
-from common.messages import OnDisconnect
+from common.messages import OnDisconnect, RequestState
 from common.redis_keys import ModelKeys
 from common.request_queue import RequestQueue
 from common.request_store import RequestStore
@@ -245,12 +245,21 @@ async def test_orphans_are_ended(redis: Redis):
     for request in requests:
         await queue.enqueue(request, max_waiting=10)
     await queue.lease("w1", await queue.fetch("w1", count=4))
+    waiting = a_request(model="echo", on_disconnect=OnDisconnect.GRACE)
+    await queue.enqueue(waiting, max_waiting=10)
     await store.watch([(requests[3].id, "somebody")])
-    assert await store.cancel_orphans(idle_s=0.0) == 0, "they are young"
+    assert not (await store.look_for_orphans()).unwatched, "they are young"
     await asyncio.sleep(0.005)  # time by the broker's clock
-    assert await store.cancel_orphans(patience_s=0.001, idle_s=0.001) == 2
+    first = await store.look_for_orphans(patience_s=0.001)
+    unwatched = [requests[0].id, requests[1].id, waiting.id]
+    assert (first.unwatched, first.num_ended) == (frozenset(unwatched), 0), (
+        "seen for the first time"
+    )
+    second = await store.look_for_orphans(patience_s=0.001, seen=first.unwatched)
+    assert (second.unwatched, second.num_ended) == (frozenset(), 3)
     cancels = [await redis.hget(KEYS.request(request.id), "cancel") for request in requests]
     assert cancels == [b"1", b"1", None, None]
+    assert (await store.status(waiting.id)).state is RequestState.CANCELLED
     assert 0 < await redis.pttl(KEYS.watchers(requests[3].id)) <= 60_000
     assert await store.unwatch(requests[3].id, "somebody") == 0
 

@@ -1,5 +1,7 @@
 """What workers announce is what gateways read, and it goes away by itself."""
 
+import time
+
 import pytest
 from redis.asyncio import Redis
 
@@ -50,3 +52,15 @@ async def test_every_key_expires(registry: WorkerRegistry, redis: Redis):
     await registry.beat(CARD, STATUS, lease_s=5)
     for key in await redis.keys("*"):
         assert await redis.pttl(key) > 0 or key == b"fleet:models", key
+
+
+async def test_clocks_of_other_machines_do_not_matter(
+    registry: WorkerRegistry, monkeypatch: pytest.MonkeyPatch
+):
+    """A worker whose clock is an hour ahead is seen when it beats, not an hour later."""
+    await registry.announce(CARD, b"{}")
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 3600)
+    await registry.beat(CARD, STATUS, lease_s=5)
+    monkeypatch.undo()
+    [seen] = await registry.workers("m")
+    assert seen.seen_s < 2

@@ -316,14 +316,15 @@ class MemoryBroker:
             stream.entries.pop(_parse(entry), None) is not None for entry in entries if stream
         )
 
-    def _cmd_xrange(self, key: bytes, first: bytes, last: bytes, *_: bytes) -> Value:
+    def _cmd_xrange(self, key: bytes, first: bytes, last: bytes, *options: bytes) -> Value:
         stream = self._get(key)
         low, high = _bound(first), _bound(last)
-        return [
+        rows = [
             [_entry(entry), fields]
             for entry, fields in (stream.entries.items() if stream else ())
             if low <= entry <= high
         ]
+        return rows[: int(options[1])] if options else rows
 
     def _cmd_xgroup(
         self, verb: bytes, key: bytes, name: bytes, start: bytes, *rest: bytes
@@ -434,4 +435,7 @@ def _parse(entry: bytes) -> EntryId:
 def _bound(text: bytes) -> EntryId:
     if text in (b"-", b"+"):
         return (0, 0) if text == b"-" else (1 << 62, 0)
+    if text.startswith(b"("):
+        ms, number = _parse(text[1:])
+        return ms, number + 1
     return _parse(text)

@@ -5,11 +5,14 @@ worker's model would have said there; exactly one end, and nothing after it; the
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 
 from common.messages import Frame, GenerationRequest, first_chain, next_chain
 from worker.engine.echo import END_TOKEN
+
+# What a model may say after (prompt, prompt and answer so far).
+Says = Callable[[tuple[int, ...], list[int]], Container[int]]
 
 
 @dataclass(slots=True)
@@ -29,9 +32,17 @@ class SeenStream:
         )
 
 
-def violations(stream: SeenStream, salts: Iterable[str]) -> list[str]:
-    """What is wrong with a stream, in words; nothing is said of its explicit errors."""
-    found = [*_order(stream), *_chain(stream), *_content(stream, tuple(salts))]
+def violations(stream: SeenStream, salts: Iterable[str], says: Says | None = None) -> list[str]:
+    """What is wrong with a stream, in words; nothing is said of its explicit errors.
+
+    The model is the echo model with one of `salts`, unless `says` tells of another.
+    """
+    salts = tuple(salts)
+
+    def echo_says(prompt: tuple[int, ...], tokens: list[int]) -> set[int]:
+        return {echo_token(salt, prompt, tokens) for salt in salts}
+
+    found = [*_order(stream), *_chain(stream), *_content(stream, says or echo_says)]
     if not stream.is_ended:
         found.append("stuck: it has no end")
     return found
@@ -62,14 +73,14 @@ def _chain(stream: SeenStream) -> Iterable[str]:
             return
 
 
-def _content(stream: SeenStream, salts: tuple[str, ...]) -> Iterable[str]:
+def _content(stream: SeenStream, says: Says) -> Iterable[str]:
     request = stream.request
     said = [token.id for _, frame in stream.frames for token in frame.tokens]
     if len(said) > request.stopping.max_new_tokens:
         yield f"{len(said)} tokens, {request.stopping.max_new_tokens} were asked for"
     tokens = list(request.prompt_tokens)
     for number, token in enumerate(said):
-        if token not in {echo_token(salt, request.prompt_tokens, tokens) for salt in salts}:
+        if token not in says(request.prompt_tokens, tokens):
             yield f"changed: token {number} is one that no worker says there"
             return
         tokens.append(token)

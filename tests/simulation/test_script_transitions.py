@@ -38,6 +38,7 @@ WORKERS = ("w1", "w2", "w3")
 IDS = tuple(f"request-{number}" for number in range(6))
 FRAMES = {request_id: frames_of(request_id, list("abcdef")) for request_id in IDS}
 MAX_WAITING = 4
+_ALIVE_MS = 1_000_000_000  # longer than a history takes
 
 
 class Transitions(RuleBasedStateMachine):
@@ -179,7 +180,7 @@ class Transitions(RuleBasedStateMachine):
 
     @rule(worker=st.sampled_from(WORKERS))
     def beat(self, worker: str) -> None:
-        self.run(self.client.set(self.keys.heartbeat(worker), "1"))
+        self.run(self.client.set(self.keys.heartbeat(worker), _ALIVE_MS, px=_ALIVE_MS))
         self.oracle.alive.add(worker)
 
     @rule(worker=st.sampled_from(WORKERS))
@@ -189,7 +190,7 @@ class Transitions(RuleBasedStateMachine):
 
     @rule()
     def reap(self) -> None:
-        assert self.run(self.queue.revoke_abandoned(lease_s=0)) == self.oracle.reap()
+        assert self.run(self.queue.revoke_abandoned()) == self.oracle.reap()
 
     @rule(worker=st.sampled_from(WORKERS))
     def look_back(self, worker: str) -> None:

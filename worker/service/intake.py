@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 _PAUSE_S = 0.2
 _LOOK_BACK_S = 1.0  # how often to look for entries whose delivery we never heard of
+_RESTORE_S = 1.0  # what gateways get to give back what a restarted broker lost
+_TRIAL_LOOK_S = 0.02
 
 
 class Intake:
@@ -43,6 +45,8 @@ class Intake:
         self._has_room = asyncio.Event()
         self._has_work = asyncio.Event()
         self._has_group = True
+        self._broker_run = ""
+        self._is_run_known = False
         self._look_back_at_s = 0.0
         self.num_leases = 0
 
@@ -53,6 +57,8 @@ class Intake:
                 self._has_room.clear()
                 await self._has_room.wait()
             try:
+                if not self._is_run_known:
+                    await self._mind_restart()
                 if not self._has_group:  # the broker was wiped
                     await self._queue.create_group()
                     self._has_group = True
@@ -61,6 +67,7 @@ class Intake:
                 logger.warning(
                     "the broker does not answer, trying again", extra={"error": str(error)}
                 )
+                self._is_run_known = False
                 await asyncio.sleep(_PAUSE_S)
             except RedisError as error:
                 if "NOGROUP" not in str(error):
@@ -84,10 +91,27 @@ class Intake:
             self._has_room.set()
 
     async def lease(self, entries: list[Entry]) -> None:
-        """Take the requests behind delivered entries, as far as they are still to be run."""
+        """Take the requests behind delivered entries, as far as they are still to be run.
+
+        A suspect is tried alone, between requests that have told a token: if it ends this worker, that counts
+        against no other.
+        """
+        for entry in entries:
+            if entry.is_suspect:
+                await self._until_all_are_tried()
+                await self._lease([entry])
+        if any(entry.is_suspect for entry in entries):
+            await self._until_all_are_tried()
+        await self._lease([entry for entry in entries if not entry.is_suspect])
+
+    async def _lease(self, entries: list[Entry]) -> None:
         for lease in await self._queue.lease(self._worker_id, entries):
             self.num_leases += 1
             self.add(lease)
+
+    async def _until_all_are_tried(self) -> None:
+        while self._publisher.num_untried:
+            await asyncio.sleep(_TRIAL_LOOK_S)  # rare enough to poll
 
     def add(self, lease: Lease) -> None:
         """Give a leased request to the scheduler; one that was begun elsewhere goes to the front."""
@@ -109,6 +133,13 @@ class Intake:
             self._publisher.fail(sequence, error)
         self._has_work.set()
 
+    async def _mind_restart(self) -> None:
+        """After a restart, let gateways give back lost frames before anybody begins a request without them."""
+        run = await self._queue.broker_run()
+        if self._broker_run and run != self._broker_run:
+            await asyncio.sleep(_RESTORE_S)
+        self._broker_run, self._is_run_known = run, True
+
     async def _look_back(self) -> None:
         """Lease what was delivered to us in a reply that was lost: while we live, nobody else may have it.
 
@@ -126,5 +157,6 @@ class Intake:
         entries = await self._queue.wait(self._worker_id)
         await self.lease(entries)
         if entries and room > len(entries):
+            await asyncio.sleep(0)  # the step begins first
             count = room - len(entries)
             await self.lease(await self._queue.fetch(self._worker_id, count=count))

@@ -90,9 +90,9 @@ class Reaper:
         self._begin_at_s = 0.0
 
     async def run(self) -> None:
-        """Reap about twice a lease until cancelled."""
+        """Reap about five times a lease until cancelled: a look is cheap, and somebody waits for each dead worker."""
         while True:
-            await asyncio.sleep(self._lease_s * random.uniform(0.2, 0.5))
+            await asyncio.sleep(self._lease_s * random.uniform(0.1, 0.3))
             try:
                 num_revoked = await self.reap()
             except (*TRANSIENT, RedisError, Unavailable) as error:
@@ -111,4 +111,4 @@ class Reaper:
             self._broker_run = run
         if now < self._begin_at_s:
             return 0
-        return await self._queue.revoke_abandoned(lease_s=self._lease_s)
+        return await self._queue.revoke_abandoned()

@@ -8,19 +8,22 @@ from redis.exceptions import RedisError
 
 from common.errors import Unavailable
 from common.lua import TRANSIENT
-from common.request_store import WATCH_TTL_S, RequestStore
+from common.request_queue import WATCH_TTL_S
+from common.request_store import RequestStore
 
 logger = logging.getLogger(__name__)
 
-_LOOK_EVERY_S = WATCH_TTL_S / 4
+_LOOK_EVERY_S = WATCH_TTL_S / 2  # longer than gateways take to renew
 
 
 class OrphanWatch:
-    """Looks now and then for requests without a watcher. Every worker runs one; doing it twice is harmless."""
+    """Looks now and then for requests without a watcher. Every worker runs one; doing it twice is harmless.
 
-    def __init__(self, store: RequestStore, *, lease_s: float) -> None:
+    It ends those that it finds twice in a row: between two looks a gateway that lives has renewed its watches.
+    """
+
+    def __init__(self, store: RequestStore) -> None:
         self._store = store
-        self._lease_s = lease_s
 
     async def run(self) -> None:
         """Look until cancelled.
@@ -28,15 +31,15 @@ class OrphanWatch:
         A broker that was away may have forgotten who watches. Gateways tell it again, so the first look after an
         error, and after the start, comes late.
         """
-        pause_s = WATCH_TTL_S
+        pause_s, seen = WATCH_TTL_S, frozenset()
         while True:
             await asyncio.sleep(pause_s * random.uniform(1.0, 1.2))
             try:
-                num_cancelled = await self._store.cancel_orphans(idle_s=self._lease_s)
+                orphans = await self._store.look_for_orphans(seen=seen)
             except (*TRANSIENT, RedisError, Unavailable) as error:
                 logger.warning("could not look for orphans", extra={"error": str(error)})
-                pause_s = WATCH_TTL_S
+                pause_s, seen = WATCH_TTL_S, frozenset()
                 continue
-            pause_s = _LOOK_EVERY_S
-            if num_cancelled:
-                logger.warning("ended what nobody reads", extra={"requests": num_cancelled})
+            pause_s, seen = _LOOK_EVERY_S, orphans.unwatched
+            if orphans.num_ended:
+                logger.warning("ended what nobody reads", extra={"requests": orphans.num_ended})

@@ -65,6 +65,11 @@ class Publisher:
         return len(self._streams)
 
     @property
+    def num_untried(self) -> int:
+        """Live requests that told nothing since their lease: against those the end of this worker would count."""
+        return sum(stream.num_sent <= len(stream.lease.frames) for stream in self._streams.values())
+
+    @property
     def entries(self) -> set[tuple[str, str]]:
         """Queue and entry of every live request."""
         return {(stream.lease.queue, stream.lease.entry) for stream in self._streams.values()}
@@ -77,15 +82,23 @@ class Publisher:
         self._streams[lease.request.id] = stream
 
     async def publish(self, outputs: Iterable[Output]) -> None:
-        """Begin to send a step's frames, once those of the step before are sent."""
+        """Begin to send a step's frames, once those of the step before are sent.
+
+        Where one of them is a request's first they are on their way when this returns, before the next step begins:
+        somebody waits for it, and only for it.
+        """
         await self.flush()
+        is_awaited = False
         for output in outputs:
             stream = self._streams.get(output.sequence.request.id)
             if stream is not None and stream.sequence is output.sequence:
+                is_awaited |= not stream.frames
                 stream.frames.append(output.frame)
         self._expire()
         if self._streams:
             self._sending = asyncio.create_task(self._send(), name="publish")
+        if is_awaited:
+            await asyncio.sleep(0)
 
     async def flush(self) -> None:
         """Return when everything given so far is in the journals."""

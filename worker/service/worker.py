@@ -132,7 +132,7 @@ class Worker:
         )
         self._reaper = Reaper(self._queue, lease_s=settings.lease_s)
         store = RequestStore(redis, ModelKeys(card.model))
-        self._orphans = OrphanWatch(store, lease_s=settings.lease_s)
+        self._orphans = OrphanWatch(store)
 
     async def serve(self) -> int:
         """Decode until a signal comes or a task fails; then hand back what is left."""

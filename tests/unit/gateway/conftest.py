@@ -27,6 +27,7 @@ from gateway.app import create_app
 from gateway.broker_health import BrokerHealth
 from gateway.exposition import SharedMetrics
 from gateway.generation import Generator
+from gateway.key_limits import KeyLimits
 from gateway.metrics import GatewayMetrics
 from gateway.model_directory import ModelDirectory
 from gateway.request_finder import RequestFinder
@@ -113,7 +114,9 @@ class FakeFleet:
         )
         self._journals: dict[str, asyncio.Queue] = {}
 
-    async def enqueue(self, request: GenerationRequest, *, max_waiting: int) -> bool:
+    async def enqueue(
+        self, request: GenerationRequest, *, max_waiting: int, watcher: str
+    ) -> bool:
         if self.error:
             raise self.error
         self.requests.append(request)
@@ -154,6 +157,9 @@ class FakeReader:
     def __init__(self, frames: asyncio.Queue) -> None:
         self._frames = frames
         self._index = -1
+
+    def nothing_missed(self) -> None:
+        pass
 
     async def __anext__(self) -> tuple[int, Frame]:
         item = await self._frames.get()
@@ -206,6 +212,7 @@ async def make_client(fleet: FakeFleet) -> AsyncIterator[MakeClient]:
                 directory=directory,
                 generator=generator,
                 finder=RequestFinder(directory, lambda model: fleet),
+                limits=KeyLimits(None),
                 broker=BrokerHealth(None),
                 admission=Admission(max_requests=settings.max_concurrent_requests),
                 metrics=metrics,

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -104,7 +105,7 @@ async def test_special_tokens_stay_in_the_text_where_the_card_says_so(
     def answer(request: GenerationRequest) -> list[Frame]:
         first, last = frames_of(request.id, ["A", "C"])
         special = (Token(5, "[START_DNA]", -0.5, is_special=True), Token(11, "C", -0.5))
-        return [first, replace(last, tokens=special)]
+        return [first, msgspec.structs.replace(last, tokens=special)]
 
     galactica.answer = answer
     body = {"inputs": "is", "parameters": {"max_new_tokens": 3}}

@@ -519,3 +519,11 @@ async def test_openapi_describes_the_routes(client):
     assert error.endswith("OpenAIErrorAnswer") and "/v1/models/{model}" in document["paths"]
     body = document["components"]["schemas"]["ChatBody"]
     assert body["required"] == ["messages"] and body["properties"]["messages"]["examples"]
+
+
+async def test_top_logprobs_up_to_openais_limit(client, fleet):
+    asked = {"messages": HI, "logprobs": True}
+    status, _ = await post(client, "chat/completions", **asked, top_logprobs=20)
+    assert status == 200 and fleet.requests[0].sampling.top_n_tokens == 20
+    status, answer = await post(client, "chat/completions", **asked, top_logprobs=21)
+    assert status == 400 and answer["error"]["param"] == "top_logprobs"

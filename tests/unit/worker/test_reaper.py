@@ -15,7 +15,7 @@ class RestartingQueue:
     async def broker_run(self) -> str:
         return self.run
 
-    async def revoke_abandoned(self, *, lease_s: float) -> int:
+    async def revoke_abandoned(self) -> int:
         self.num_looks += 1
         return 0
 
