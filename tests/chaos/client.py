@@ -9,6 +9,7 @@ import json
 import random
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -37,8 +38,12 @@ class Observation:
     longest_gap_s: float = 0.0
     refusals: int = 0  # 429 and 503 before the stream began
     text: str | None = None  # as the terminal event tells it
+    key: str = ""  # its Idempotency-Key, if it has one
     last_id: str = ""
     url: str = ""  # of the gateway that serves it now
+    slow_s: float = 0.0  # what its client does between two events
+    connection: aiohttp.ClientResponse | None = None
+    events: list[dict] = field(default_factory=list)  # as they were sent, less errors
     began: asyncio.Event = field(default_factory=asyncio.Event)
     _last_at: float = 0.0
 
@@ -54,6 +59,12 @@ class Observation:
             return [f"changed: the end tells {self.text!r}, the tokens were {said!r}"]
         return []
 
+    def leave(self) -> None:
+        """Go away in the middle, as a closed browser does."""
+        self.seen.is_left = True
+        if self.connection is not None:
+            self.connection.close()
+
     def note(self) -> None:
         now = time.monotonic()
         if self._last_at:
@@ -64,9 +75,11 @@ class Observation:
 class ChaosClient:
     """Sends one request to a fleet whose gateways come and go."""
 
-    def __init__(self, urls: list[str], draw: random.Random) -> None:
+    def __init__(self, urls: list[str], draw: random.Random, **parameters: object) -> None:
         self._urls = urls  # shared with the arena, which replaces them
         self._draw = draw
+        self._parameters = parameters  # of every request, besides `max_new_tokens`
+        self.end_after_s = END_AFTER_S
 
     async def run(
         self,
@@ -75,28 +88,33 @@ class ChaosClient:
         max_new_tokens: int,
         is_resuming: bool,
         leave_after: int | None = None,
-        slow_s: float = 0.0,
         observation: Observation | None = None,
     ) -> Observation:
-        """Read until the end, or END_AFTER_S."""
+        """Read until the end, or for `end_after_s`."""
         seen = observation or new_observation(prompt, max_new_tokens, is_resuming=is_resuming)
-        headers = {"idempotency-key": uuid.uuid4().hex} if is_resuming else {}
+        headers = {"idempotency-key": seen.key} if seen.key else {}
         body = {"inputs": prompt, "parameters": {"max_new_tokens": max_new_tokens}}
-        give_up_at = time.monotonic() + END_AFTER_S
+        body["parameters"] |= self._parameters
+        with suppress(TimeoutError):  # `violations` says that it is stuck
+            async with asyncio.timeout(self.end_after_s):
+                await self._read(seen, headers, body, leave_after)
+        return seen
+
+    async def _read(self, seen: Observation, headers, body, leave_after) -> None:
+        """Come back until there is an end."""
         timeout = aiohttp.ClientTimeout(sock_connect=2, sock_read=25)
         async with aiohttp.ClientSession(timeout=timeout) as session:
-            while not seen.seen.is_ended and time.monotonic() < give_up_at:
+            while not seen.seen.is_ended:
                 seen.seen.num_attachments += 1
                 try:
-                    await self._attach(session, seen, headers, body, leave_after, slow_s)
+                    await self._attach(session, seen, headers, body, leave_after)
                 except _LOST as error:
-                    if not is_resuming and seen.began.is_set():
+                    if not (seen.is_resuming or seen.seen.is_left) and seen.began.is_set():
                         seen.seen.error = f"connection lost: {type(error).__name__}"
                 if not seen.seen.is_ended:
                     await asyncio.sleep(self._draw.uniform(0.02, 0.2))
-        return seen
 
-    async def _attach(self, session, seen: Observation, headers, body, leave_after, slow_s) -> None:
+    async def _attach(self, session, seen: Observation, headers, body, leave_after) -> None:
         if not self._urls:
             return
         url, headers = self._draw.choice(self._urls), dict(headers)
@@ -113,6 +131,7 @@ class ChaosClient:
                 await self._refused(answer, seen)
                 return
             seen.seen.request = _named(seen.seen.request, answer.headers["x-request-id"])
+            seen.connection = answer
             seen.began.set()
             event_id = ""
             async for line in answer.content:
@@ -120,9 +139,10 @@ class ChaosClient:
                     event_id = line[3:].strip().decode()
                 elif line.startswith(b"data:"):
                     self._take(seen, event_id, json.loads(line[5:]))
-                    await asyncio.sleep(slow_s)
+                    await asyncio.sleep(seen.slow_s)
                     if leave_after is not None and len(seen.seen.frames) > leave_after:
-                        seen.seen.is_left = True
+                        seen.leave()
+                    if seen.seen.is_left:
                         return
             if not seen.is_resuming and not seen.seen.is_ended:
                 seen.seen.error = "closed without an end"
@@ -144,6 +164,7 @@ class ChaosClient:
             if not (seen.is_resuming and is_passing):
                 seen.seen.error = event.get("error_type", "error")
             return
+        seen.events.append(event)
         request_id, _, place = event_id.rpartition(":")
         index, _, chain = place.partition("-")
         if request_id:
@@ -169,7 +190,8 @@ def new_observation(prompt: str, max_new_tokens: int, *, is_resuming: bool) -> O
         sampling=Sampling(),
         stopping=Stopping(max_new_tokens=max_new_tokens),
     )
-    return Observation(SeenStream(request), is_resuming)
+    key = uuid.uuid4().hex if is_resuming else ""
+    return Observation(SeenStream(request), is_resuming, key=key)
 
 
 def _named(request: GenerationRequest, request_id: str) -> GenerationRequest:

@@ -38,7 +38,7 @@ async def inject_at(
     async def reached(condition: Callable[[], Awaitable[bool]]) -> bool:
         return await arena.eventually(condition, timeout_s=_REACH_S)
 
-    if phase == "P0":
+    if phase == "P0":  # the gateway takes some milliseconds to parse, validate and send
         await asyncio.sleep(arena.draw.uniform(0, 0.004))
         await inject()
         return True

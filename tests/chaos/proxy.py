@@ -13,7 +13,7 @@ class FaultProxy:
     def __init__(self, upstream_port: int) -> None:
         self.mode = "pass"
         self.num_connections = 0
-        self._upstream_port = upstream_port
+        self.upstream_port = upstream_port  # of connections that come from now on
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._pumps: set[asyncio.Task] = set()
@@ -44,7 +44,7 @@ class FaultProxy:
             _reset(writer)
             return
         try:
-            up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self._upstream_port)
+            up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self.upstream_port)
         except OSError:
             _reset(writer)
             return

@@ -1,62 +1,51 @@
-"""A campaign as a table for people, one line of JSON for machines, and a page for the repository."""
+"""Outcomes as a table for people and as a page for the repository."""
 
-import json
 import statistics
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 
-from tests.chaos.campaign import Campaign, Cell
+from tests.chaos.campaign import STORM
+from tests.chaos.faults import FAULTS
+from tests.chaos.phases import PHASES
+from tests.chaos.results import Outcome, summary
 
-_HEAD = (
-    "fault",
-    "phase",
-    "runs",
-    "hit",
-    "streams",
-    "lost",
-    "repeated",
-    "changed",
-    "stuck",
-    "other",
-    "gap p50 s",
-    "p95",
-    "max",
-    "explicit errors",
-)
 _NAMED = ("lost", "repeated", "changed", "stuck")
+HEAD = ("fault", *PHASES, "streams", *_NAMED, "other", "gap p50 s", "p95", "max", "explicit errors")
 
 
-def rows(campaign: Campaign) -> list[list[str]]:
-    """One row for each cell, and a sum."""
-    cells = [campaign.cells[name] for name in sorted(campaign.cells)]
-    total = Cell("all", "")
-    for cell in cells:
-        for name in ("runs", "reached", "streams", "faults", "refusals"):
-            setattr(total, name, getattr(total, name) + getattr(cell, name))
-        total.wrong += cell.wrong
-        total.errors += cell.errors
-        total.gaps_s += cell.gaps_s
-    return [_row(cell) for cell in (*cells, total)]
+def rows(outcomes: Iterable[Outcome]) -> list[list[str]]:
+    """A row for each fault, with `hits/runs` of each phase, and a sum."""
+    order = [*FAULTS, STORM]
+    outcomes = sorted(outcomes, key=lambda outcome: order.index(outcome.fault))
+    groups = [(name, list(group)) for name, group in groupby(outcomes, lambda o: o.fault)]
+    return [_row(name, group) for name, group in (*groups, ("all", outcomes))]
 
 
-def _row(cell: Cell) -> list[str]:
-    other = sum(cell.wrong.values()) - sum(cell.wrong[name] for name in _NAMED)
-    gaps = sorted(cell.gaps_s) or [0.0]
+def _row(name: str, outcomes: Sequence[Outcome]) -> list[str]:
+    wrong: Counter[str] = sum((outcome.wrong for outcome in outcomes), Counter())
+    errors: Counter[str] = sum((outcome.errors for outcome in outcomes), Counter())
+    gaps = sorted(gap for outcome in outcomes for gap in outcome.gaps_s) or [0.0]
     p95 = gaps[min(len(gaps) - 1, round(0.95 * (len(gaps) - 1)))]
-    errors = ", ".join(f"{count} {kind}" for kind, count in cell.errors.items()) or "none"
-    numbers = (cell.runs, cell.reached, cell.streams, *(cell.wrong[name] for name in _NAMED), other)
-    times = (statistics.median(gaps), p95, gaps[-1])
+    counts = [wrong[kind] for kind in _NAMED]
+    other = sum(wrong.values()) - sum(counts) + sum(len(outcome.ended) for outcome in outcomes)
     return [
-        cell.fault,
-        cell.phase,
-        *map(str, numbers),
-        *(f"{seconds:.2f}" for seconds in times),
-        errors,
+        name,
+        *(_hits([outcome for outcome in outcomes if outcome.phase == phase]) for phase in PHASES),
+        str(sum(outcome.num_streams for outcome in outcomes)),
+        *map(str, (*counts, other)),
+        *(f"{seconds:.2f}" for seconds in (statistics.median(gaps), p95, gaps[-1])),
+        ", ".join(f"{count} {kind}" for kind, count in sorted(errors.items())) or "none",
     ]
 
 
-def table(campaign: Campaign) -> str:
+def _hits(outcomes: Sequence[Outcome]) -> str:
+    return f"{sum(outcome.is_hit for outcome in outcomes)}/{len(outcomes)}" if outcomes else ""
+
+
+def table(outcomes: Iterable[Outcome]) -> str:
     """In columns."""
-    lines = [list(_HEAD), *rows(campaign)]
+    lines = [list(HEAD), *rows(outcomes)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip()
@@ -64,45 +53,30 @@ def table(campaign: Campaign) -> str:
     )
 
 
-def summary(campaign: Campaign, *, seconds: float) -> str:
-    """One line of JSON."""
-    wrong: Counter = sum((cell.wrong for cell in campaign.cells.values()), Counter())
-    errors: Counter = sum((cell.errors for cell in campaign.cells.values()), Counter())
-    return json.dumps(
-        {
-            "seed": campaign.seed,
-            "seconds": round(seconds),
-            "streams": sum(cell.streams for cell in campaign.cells.values()),
-            "faults": sum(cell.faults for cell in campaign.cells.values()),
-            "cells": len(campaign.cells),
-            "wrong": wrong,
-            "errors": errors,
-            "processes_ended_by_themselves": len(campaign.ended),
-        }
+def markdown(outcomes: Sequence[Outcome], *, code: str) -> str:
+    """The section of deploy/reliability.md that a campaign makes."""
+    sums = summary(outcomes)
+    seeds = ", ".join(map(str, sums["seeds"]))
+    return "\n".join(
+        [
+            (
+                f"{sums['runs']} runs of {sums['cells']} cells, seeds {seeds}, code `{code}`: "
+                f"{sums['streams']} streams, {sums['faults']} faults, "
+                f"{sums['processes_ended_by_themselves']} processes that ended by themselves."
+            ),
+            "",
+            f"| {' | '.join(HEAD)} |",
+            f"|{'---|' * len(HEAD)}",
+            *(f"| {' | '.join(row)} |" for row in rows(outcomes)),
+        ]
     )
 
 
-def page(campaign: Campaign, *, seconds: float) -> str:
-    """Markdown for deploy/reliability.md."""
-    body = rows(campaign)
-    lines = [
-        "# No client loses or repeats a token: the proof",
-        "",
-        (
-            "Made by `python -m tests.chaos "
-            f"--seconds {seconds:.0f} --seed {campaign.seed} --report deploy/reliability.md`: gateways, workers and a broker as "
-            "processes, a proxy between them, and clients that check every token. The workers' models differ on purpose, so a "
-            "stream that was silently continued with another text shows. Phases: P0 before the reply of ENQUEUE, P1 queued, "
-            "P2 leased, P3 mid-stream, P4 before the terminal frame, P5 terminal frame written but not read, P6 being resumed. "
-            "`hit` counts the runs in which the fault met that phase. An explicit `stream_diverged` is allowed only where the "
-            "broker lost data; every other error counts as other."
-        ),
-        "",
-        f"| {' | '.join(_HEAD)} |",
-        f"|{'---|' * len(_HEAD)}",
-        *(f"| {' | '.join(row)} |" for row in body),
-        "",
-        f"Processes that ended by themselves: {len(campaign.ended)}.",
-        "",
-    ]
-    return "\n".join(lines)
+def replace_section(page: str, name: str, text: str) -> str:
+    """`page` with what stands between the marks of section `name` replaced."""
+    first, last = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, _, rest = page.partition(first)
+    _, found, after = rest.partition(last)
+    if not found:
+        raise ValueError(f"the page has no section between {first.strip()!r} and {last!r}")
+    return f"{before}{first}\n{text}\n\n{last}{after}"
