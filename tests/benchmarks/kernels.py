@@ -50,7 +50,9 @@ Operation = Callable[[int], object]  # on the layer of this number
 
 @click.command(context_settings={"show_default": True})
 @click.option("--threads", default=2)
-@click.option("--rows", "row_counts", default="1,8,32,128", help="Numbers of rows, with commas.")
+@click.option(
+    "--rows", "row_counts", default="1,8,32,128,1024", help="Numbers of rows, with commas."
+)
 @click.option("--context", default=160, help="Tokens that attention looks at.")
 @click.option("--turns", default=15)
 @torch.inference_mode()
@@ -61,9 +63,12 @@ def main(threads: int, row_counts: str, context: int, turns: int) -> None:
     torch.set_num_threads(threads)
     timings = []
     for rows in map(int, row_counts.split(",")):
-        for name, (num_outputs, num_inputs, layers) in PRODUCTS.items():
+        products = PRODUCTS if rows <= 128 else {}
+        for name, (num_outputs, num_inputs, layers) in products.items():
             pair = _products(rows, num_outputs, num_inputs, layers)
             timings.append(_compare(name, rows, *pair, layers=layers, turns=turns))
+        if rows > 1:
+            timings.append(_compare("prompt", rows, *_prompts(rows), layers=LAYERS, turns=turns))
         timings.append(_compare("norm", rows, *_norms(rows), layers=LAYERS, turns=turns))
         if rows <= 64:
             pair = _attention(rows, context)
@@ -134,6 +139,7 @@ def _attention(rows: int, context: int) -> tuple[Operation, Operation]:
     blocks, keep, scale = torch.randperm(num_blocks), slice(0, context), DIM**-0.5
     q = torch.randn(rows, HEADS, DIM).bfloat16()
     queries = q.view(rows, KV_HEADS, -1, DIM)
+    out = torch.empty(rows, HEADS * DIM, dtype=torch.bfloat16)
 
     def theirs(layer: int) -> torch.Tensor:
         tokens = cache[layer].index_select(0, blocks).view(rows, -1, 2 * KV_HEADS, DIM)[:, keep]
@@ -142,7 +148,24 @@ def _attention(rows: int, context: int) -> tuple[Operation, Operation]:
 
     return (
         theirs,
-        lambda layer: kernels.paged_decode(q, cache[layer], blocks, keep, None, scale),
+        lambda layer: kernels.paged_decode(out, q, cache[layer], blocks, keep, None, scale),
+    )
+
+
+def _prompts(rows: int) -> tuple[Operation, Operation]:
+    """Causal attention of one prompt, without earlier tokens."""
+    kernels, scale = _kernels(), DIM**-0.5
+    q = torch.randn(rows, HEADS, DIM).bfloat16()
+    kv = torch.randn(rows, 2 * KV_HEADS, DIM).bfloat16()
+    shared = kv.transpose(0, 1)[None].expand(HEADS // KV_HEADS, -1, -1, -1)
+    queries = q.view(rows, KV_HEADS, -1, DIM).permute(2, 1, 0, 3)
+    keys, values = shared[:, :KV_HEADS], shared[:, KV_HEADS:]
+    out = torch.empty(rows, HEADS * DIM, dtype=torch.bfloat16)
+    return (
+        lambda layer: F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=scale
+        ),
+        lambda layer: kernels.prompt_attention(out, q, kv, None, rows, None, scale),
     )
 
 

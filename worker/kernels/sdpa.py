@@ -1,5 +1,5 @@
-"""Paged attention by gathering blocks and calling torch's scaled dot product attention. Any device.
-
+"""Paged attention: on our own kernels where they fit, else by gathering blocks and calling torch's
+scaled dot product attention. Any device.
 Shapes: T tokens, B sequences, N gathered tokens, g query heads of one key-value head, d features of
 a head.
 """
@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from worker.kernels import eager
-from worker.kernels.cpu.library import LANES, MAX_HEAD_DIM, cpu_kernels
+from worker.kernels.cpu.library import LANES, MAX_HEAD_DIM, CpuKernels, cpu_kernels
 from worker.kernels.eager import ScoreRules
 from worker.kernels.metadata import (
     AttentionMetadata,
+    AttentionView,
     DecodeGroup,
     EncoderMetadata,
     PromptChunk,
@@ -41,6 +42,9 @@ def paged_attention(
     """
     store(kv, rows, metadata)
     view = metadata.views[window]
+    kernels = _kernels(q) if rules is None else None
+    if kernels is not None:
+        return _compiled(kernels, q, kv, rows, view, scale)
     parts = [_decode(q, rows, group, scale, rules) for group in view.groups]
     parts += [_prompt(q, kv, rows, chunk, scale, rules) for chunk in view.chunks]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -60,6 +64,9 @@ def cross_attention(
     """
     view = metadata.cross
     assert view is not None, "only a model with an encoder has cross attention"
+    kernels = _kernels(q)
+    if kernels is not None:
+        return _compiled(kernels, q, None, rows, view, scale)
     parts = [_decode(q, rows, group, scale) for group in view.groups]
     parts += [_prompt(q, None, rows, chunk, scale) for chunk in view.chunks]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -110,6 +117,39 @@ def store(
     rows.view(-1, *kv.shape[1:]).index_copy_(0, metadata.cache_rows, kv)
 
 
+def _kernels(q: torch.Tensor) -> CpuKernels | None:
+    dim = q.shape[-1]
+    is_fit = dim % LANES == 0 and dim <= MAX_HEAD_DIM
+    return cpu_kernels(q.device, q.dtype) if is_fit else None
+
+
+def _compiled(
+    kernels: CpuKernels,
+    q: torch.Tensor,
+    kv: torch.Tensor | None,
+    rows: torch.Tensor,
+    view: AttentionView,
+    scale: float,
+) -> torch.Tensor:
+    """On our own kernels, as far as they go. `kv` None: every query sees all keys, of an encoder."""
+    num_rows, num_heads, dim = q.shape
+    out = torch.empty((num_rows, num_heads * dim), dtype=q.dtype)
+    for group in view.groups:
+        here = slice(group.start, group.stop)
+        seen = group.blocks, group.keep, group.mask
+        kernels.paged_decode(out[here], q[here], rows, *seen, scale)
+    has_prompts = kv is not None and kernels.can_attend_prompts(dim)
+    for chunk in view.chunks:
+        here = slice(chunk.start, chunk.stop)
+        if has_prompts:
+            tokens = kv[here] if chunk.blocks is None else rows
+            seen = chunk.blocks, chunk.num_keys, chunk.mask
+            kernels.prompt_attention(out[here], q[here], tokens, *seen, scale)
+        else:
+            out[here] = _prompt(q, kv, rows, chunk, scale)
+    return out
+
+
 def _decode(
     q: torch.Tensor,
     rows: torch.Tensor,
@@ -120,10 +160,6 @@ def _decode(
     """One query a sequence. The g heads of a group become g queries of one head, so each key is
     read once."""
     num_rows, (_, num_heads, dim) = group.stop - group.start, q.shape
-    kernels = cpu_kernels(q.device, q.dtype) if rules is None else None
-    if kernels is not None and dim % LANES == 0 and dim <= MAX_HEAD_DIM:
-        queries = q[group.start : group.stop]
-        return kernels.paged_decode(queries, rows, group.blocks, group.keep, group.mask, scale)
     both_heads = rows.shape[2]
     kv_heads = both_heads // 2
     gathered = rows.index_select(0, group.blocks).view(num_rows, -1, both_heads, dim)[:, group.keep]

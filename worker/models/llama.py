@@ -25,6 +25,7 @@ from worker.layers.build import Build
 from worker.layers.embedding import VocabularyEmbedding, VocabularyHead
 from worker.layers.linear import MergedColumnLinear, QkvLinear, RowLinear, local_kv_heads
 from worker.layers.norm import RmsNorm
+from worker.layers.residual import added
 from worker.layers.rotary import RotaryEmbedding, Rotation
 from worker.models.config import ModelConfig
 from worker.weights.pieces import WeightNames
@@ -88,8 +89,8 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, rotation: Rotation, cache: KvCache, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, cache, metadata)
-        return x + self.mlp(self.mlp_norm(x))
+        x = added(x, self.attention(self.attention_norm(x), rotation, cache, metadata))
+        return added(x, self.mlp(self.mlp_norm(x)))
 
 
 class Attention(nn.Module):

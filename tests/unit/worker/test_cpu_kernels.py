@@ -119,7 +119,8 @@ def test_paged_decode(
         mask[torch.rand(mask.shape, generator=random) < 0.3] = float("-inf")
         mask[..., num_tokens // 2] = 0  # every query sees a key
     kernels = cpu_kernels(CPU, dtype)
-    attended = kernels.paged_decode(q, rows, blocks, keep, mask, dim**-0.5)
+    attended = torch.empty(num_sequences, kv_heads * group * dim, dtype=dtype)
+    kernels.paged_decode(attended, q, rows, blocks, keep, mask, dim**-0.5)
     assert_near(attended, gathered_attention(q, rows, blocks, keep, mask, dim**-0.5))
 
 
@@ -130,9 +131,70 @@ def test_paged_decode_of_much_work_uses_threads_and_changes_nothing(kernels):
     results = []
     for count in (1, 2):
         torch.set_num_threads(count)
-        results.append(kernels.paged_decode(q, rows, blocks, slice(0, 800), None, 0.125))
+        results.append(torch.empty(8, 6 * 64, dtype=kernels.dtype))
+        kernels.paged_decode(results[-1], q, rows, blocks, slice(0, 800), None, 0.125)
     torch.set_num_threads(1)
     assert torch.equal(*results)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    num_queries=st.integers(1, 150),
+    num_before=st.integers(0, 140),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 3, 7]),
+    dim=st.sampled_from([64, 128, 256]),
+    mask_kind=st.sampled_from(["none", "rows", "heads"]),
+    is_paged=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+def test_prompt_attention(num_queries, num_before, kv_heads, group, dim, mask_kind, is_paged, seed):
+    kernels = cpu_kernels(CPU, torch.bfloat16)
+    if not kernels.can_attend_prompts(dim):
+        assert not torch.cpu._is_avx512_bf16_supported()
+        return
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=random).bfloat16()
+
+    num_keys = num_before + num_queries
+    q = normal(num_queries, kv_heads * group + 2, dim)[:, : kv_heads * group]
+    tokens = normal(num_keys, 2 * kv_heads + 1, dim)[:, : 2 * kv_heads]
+    mask = None
+    if mask_kind != "none":
+        heads = () if mask_kind == "rows" else (group, kv_heads)
+        mask = normal(*heads, num_queries, num_keys)
+        mask[torch.rand(mask.shape, generator=random) < 0.2] = float("-inf")
+        queries = torch.arange(num_queries)
+        mask[..., queries, queries + num_before] = 0  # every query sees itself
+    kv, blocks = tokens, None
+    if is_paged:
+        num_blocks = -(-num_keys // 16)
+        kv = normal(num_blocks + 3, 16, 2 * kv_heads, dim)
+        blocks = torch.randperm(num_blocks + 3, generator=random)[:num_blocks]
+        filled = kv[blocks].flatten(0, 1)
+        filled[:num_keys] = tokens
+        kv[blocks] = filled.view(num_blocks, 16, 2 * kv_heads, dim)
+    attended = torch.empty(num_queries, kv_heads * group * dim, dtype=torch.bfloat16)
+    kernels.prompt_attention(attended, q, kv, blocks, num_keys, mask, dim**-0.5)
+
+    keys, values = tokens.double().transpose(0, 1).split(kv_heads)  # [kv_heads, keys, d]
+    queries = q.double().view(num_queries, kv_heads, group, dim).permute(2, 1, 0, 3)
+    scores = queries @ keys.transpose(1, 2) * dim**-0.5  # [group, kv_heads, n, keys]
+    if mask is not None:
+        scores = scores + mask.double()
+    is_later = torch.arange(num_keys) > torch.arange(num_queries)[:, None] + num_before
+    weights = scores.masked_fill(is_later, float("-inf")).softmax(-1)
+    expected = (weights @ values).permute(2, 1, 0, 3).flatten(1)
+    assert_near(attended, expected)
+
+
+def test_sum(kernels, num_threads):
+    x, y = (torch.randn(700, 576).to(kernels.dtype) for _ in range(2))
+    expected = x + y
+    kernels.add_(x, y)
+    assert torch.equal(x, expected)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 7, 32, 97, 200])

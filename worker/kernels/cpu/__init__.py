@@ -1,11 +1,14 @@
 """Our own kernels for CPUs, in C++ that needs no library; compiled when the package is built.
 
-build_backend.py    pip's hook: compiles them for each kind of processor, with a compiler from PyPI
-library.py          finds the library that this processor can run, and calls it with tensors
-vector.h            sixteen lanes; bfloat16 in memory
-parallel.h          items of work on torch's threads
-attention.cpp       one query a sequence over the paged cache
-elementwise.cpp     norm, rotary positions, gated activation
-sampling.cpp        the greedy choice
-matrix_product.cpp  bfloat16 products, where AVX512-BF16 is and AMX is not
+build_backend.py      pip's hook: compiles them for each kind of processor, with a compiler from PyPI
+library.py            finds the library that this processor can run, and calls it with tensors
+vector.h              sixteen lanes; bfloat16 in memory
+parallel.h, .cpp      items of work on a pool of threads
+panels.h              bfloat16 products of rows with packed weights
+softmax.h             softmax over tiles of scores
+attention.cpp         one query a sequence over the paged cache
+prompt_attention.cpp  many queries of one sequence, in bfloat16
+elementwise.cpp       norm, rotary positions, gated activation, sum
+sampling.cpp          the greedy choice
+matrix_product.cpp    bfloat16 products, where AVX512-BF16 is and AMX is not
 """

@@ -3,6 +3,7 @@
 // worker/layers/attention.py.
 
 #include "parallel.h"
+#include "softmax.h"
 #include "vector.h"
 
 namespace {
@@ -80,28 +81,6 @@ void accumulate(float *sums, const float (*weights)[TILE], const T *const *token
             store(sums + i * dim + f * LANES, totals[i][f]);
 }
 
-// The scores of a tile become weights, and the sums so far shrink to the new highest score. Returns
-// that factor.
-float weigh(float *scores, float &top, float &total, int64_t count) {
-    for (int64_t k = count; k < TILE; k++)
-        scores[k] = -__builtin_inff();
-    Lanes highest = load(scores);
-    for (int64_t k = LANES; k < TILE; k += LANES)
-        highest = larger(highest, load(scores + k));
-    const float before = top;
-    top = __builtin_fmaxf(before, maximum(highest));
-    const float base = top == -__builtin_inff() ? 0 : top; // nothing is seen yet: weights of 0
-    Lanes sums = {};
-    for (int64_t k = 0; k < TILE; k += LANES) {
-        const Lanes weights = exponential(load(scores + k) - base);
-        store(scores + k, weights);
-        sums += weights;
-    }
-    const float shrink = exponential(all(before - base))[0];
-    total = total * shrink + sum(sums);
-    return shrink;
-}
-
 // Some query heads of one sequence, and their sums over the tokens seen so far.
 struct Heads {
     float *queries, *sums; // [heads, dim]
@@ -125,7 +104,8 @@ void attend(const Decode<T> &task, Heads state, const T *const *tokens, int64_t 
             for (int64_t k = 0; k < count; k++)
                 scores[i][k] += to_float(mask[k]);
         }
-        const float shrink = weigh(scores[i], state.tops[row + i], state.totals[row + i], count);
+        const float shrink =
+            weigh<TILE>(scores[i], state.tops[row + i], state.totals[row + i], count);
         if (shrink != 1)
             for (int64_t c = i * dim; c < (i + 1) * dim; c += LANES)
                 store(sums + c, load(sums + c) * shrink);

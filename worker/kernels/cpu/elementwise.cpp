@@ -67,6 +67,14 @@ void silu_gated(T *out, const T *x, int64_t num_rows, int64_t size, int64_t num_
     });
 }
 
+// x += y, numbers in a row.
+template <typename T>
+void add(T *x, const T *y, int64_t count, int64_t num_threads) {
+    for_each_row(num_threads, count / LANES, LANES, [=](int64_t i) {
+        store(x + i * LANES, load(x + i * LANES) + load(y + i * LANES));
+    });
+}
+
 } // namespace
 
 // All sizes are multiples of 16, half a head too.
@@ -84,6 +92,9 @@ void silu_gated(T *out, const T *x, int64_t num_rows, int64_t size, int64_t num_
     extern "C" void silu_gated_##SUFFIX(T *out, const T *x, int64_t num_rows, int64_t size,        \
                                         int64_t num_threads) {                                     \
         silu_gated<T>(out, x, num_rows, size, num_threads);                                        \
+    }                                                                                              \
+    extern "C" void add_##SUFFIX(T *x, const T *y, int64_t count, int64_t num_threads) {           \
+        add<T>(x, y, count, num_threads);                                                          \
     }
 
 EXPORT(bfloat16, bfloat16)

@@ -27,6 +27,10 @@ class CpuKernels:
         self._rms_norm = _function(library, f"rms_norm_{suffix}", "pppiiif")
         self._rotate = _function(library, f"rotate_{suffix}", "pppiiiii")
         self._silu_gated = _function(library, f"silu_gated_{suffix}", "ppii")
+        self._add = _function(library, f"add_{suffix}", "ppi")
+        self._prompt_attention = None
+        if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
+            self._prompt_attention = _function(library, "prompt_attention", "ppppppiiiiiiiiiiif")
         self._paged_decode = _function(library, f"paged_decode_{suffix}", "pppppiiiiiiiiiiiif")
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -57,31 +61,70 @@ class CpuKernels:
         self._silu_gated(out.data_ptr(), x.data_ptr(), num_rows, size, torch.get_num_threads())
         return out
 
+    def add_(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """x += y; both in memory without gaps, their size a multiple of 16."""
+        self._add(x.data_ptr(), y.data_ptr(), x.numel(), torch.get_num_threads())
+
+    def can_attend_prompts(self, dim: int) -> bool:
+        """Whether `prompt_attention` takes heads of so many features."""
+        return self._prompt_attention is not None and dim % 64 == 0 and dim <= MAX_HEAD_DIM
+
+    def prompt_attention(
+        self,
+        out: torch.Tensor,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        blocks: torch.Tensor | None,
+        num_keys: int,
+        mask: torch.Tensor | None,
+        scale: float,
+    ) -> None:
+        """The newest n queries of one sequence over its keys, each over those up to its own.
+
+        Args:
+            out: `[n, heads * d]`.
+            q: `[n, heads, d]`.
+            kv: the tokens' keys and values, `[num_keys, 2 * kv_heads, d]`; with `blocks` the
+                layer's cache, `[num_blocks, block_size, 2 * kv_heads, d]`.
+            mask: additive, `[n, num_keys]` or `[heads / kv_heads, kv_heads, n, num_keys]`, or None.
+        """
+        n, num_heads, dim = q.shape
+        kv_heads = kv.shape[-2] // 2
+        strides = (0, 0, 0)
+        if mask is not None:
+            strides = _broadcast_strides(mask.view((1,) * (4 - mask.dim()) + mask.shape))
+        packed = torch.empty(_round_up(num_keys, 64) * kv_heads * dim, dtype=torch.int32)
+        self._prompt_attention(
+            *(out.data_ptr(), q.data_ptr(), kv.data_ptr()),
+            None if blocks is None else blocks.data_ptr(),
+            None if mask is None else mask.data_ptr(),
+            *(packed.data_ptr(), n, q.stride(0), kv.stride(-3), kv.shape[1], num_keys, kv_heads),
+            *(num_heads // kv_heads, dim, *strides, scale, torch.get_num_threads()),
+        )
+
     def paged_decode(
         self,
+        out: torch.Tensor,
         q: torch.Tensor,
         rows: torch.Tensor,
         blocks: torch.Tensor,
         keep: slice,
         mask: torch.Tensor | None,
         scale: float,
-    ) -> torch.Tensor:
+    ) -> None:
         """One query of each of B sequences over its blocks.
 
         Args:
+            out: `[B, heads * d]`.
             q: `[B, heads, d]`; d is a multiple of 16.
             rows: the layer's cache, `[num_blocks, block_size, 2 * kv_heads, d]`.
             blocks: `[B * n]`, n of each sequence.
             keep: which of a sequence's tokens are looked at.
             mask: additive, `[B, 1 or kv_heads, 1 or heads / kv_heads, len(keep)]`, or None.
-
-        Returns:
-            `[B, heads * d]`.
         """
         num_sequences, num_heads, dim = q.shape
         block_size, kv_heads = rows.shape[1], rows.shape[2] // 2
         strides = (0, 0, 0) if mask is None else _broadcast_strides(mask)
-        out = torch.empty((num_sequences, num_heads * dim), dtype=q.dtype)
         self._paged_decode(
             *(out.data_ptr(), q.data_ptr(), rows.data_ptr(), blocks.data_ptr()),
             None if mask is None else mask.data_ptr(),
@@ -89,7 +132,6 @@ class CpuKernels:
             *(kv_heads, num_heads // kv_heads, dim, keep.start, keep.stop, *strides, scale),
             torch.get_num_threads(),
         )
-        return out
 
 
 def greedy_choice(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
