@@ -1,5 +1,6 @@
 """Paged attention: on our own kernels where they fit, else by gathering blocks and calling torch's
 scaled dot product attention. Any device.
+
 Shapes: T tokens, B sequences, N gathered tokens, g query heads of one key-value head, d features of
 a head.
 """

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import logging
 import signal
+import sys
 import time
 import uuid
 from collections.abc import Iterable
@@ -40,12 +41,16 @@ logger = logging.getLogger(__name__)
 
 _BROKER_TIMEOUT_S = 30.0
 _CANCEL_AGAIN_S = 0.1
+# The engine gives Python's lock up with every kernel, and publishing takes it. By default it would be
+# 5 ms until the engine may ask for it back, several times a step.
+_SWITCH_S = 0.0001
 _RETIRE_S = 1.0  # what a stopping worker may spend on a broker that does not answer
 
 
 def run(settings: WorkerSettings) -> int:
     """Serve until SIGTERM or SIGINT; the exit code."""
     configure_logging(settings.log_level, settings.json_output)
+    sys.setswitchinterval(_SWITCH_S)
     try:
         return uvloop.run(_serve(settings))
     except FleetError as error:
