@@ -270,9 +270,7 @@ class Generator:
     async def _enqueue(self, request: GenerationRequest, watcher: str) -> bool:
         queue = self._open_queue(request.model)
         try:
-            return await queue.enqueue(
-                request, max_waiting=self._max_waiting, watcher=watcher
-            )
+            return await queue.enqueue(request, max_waiting=self._max_waiting, watcher=watcher)
         except (
             RedisError
         ) as error:  # the broker answered, but will not take it: out of memory, read-only

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 
 from tests.benchmarks.machine import machine
 from tests.benchmarks.report import aligned, plain
-from worker.kernels.cpu.library import cpu_kernels, greedy_choice, packed_product
+from worker.kernels.cpu.library import cpu_kernels, greedy_choice
+from worker.kernels.cpu.products import packed_product
 from worker.layers.linear import PACK_ROWS_HINT
 
 LAYERS = 30

@@ -104,7 +104,8 @@ def test_memory_falls_as_documented(checkpoint: Checkpoint, family: str, kind: s
     num_weights = NUM_LINEAR_WEIGHTS[family]
     num_weights += HEAD_WEIGHTS if QUANTIZATIONS[kind].has_head else 0
     expected = num_weights * (16 - BITS[kind]) / 8
-    assert plain - quantized == pytest.approx(expected, rel=0.05)
+    # Beside the weights there are one or two numbers a row, which in layers as small as these show.
+    assert plain - quantized == pytest.approx(expected, rel=0.08)
 
 
 def weight_bytes(checkpoint: Checkpoint, kind: str | None) -> int:

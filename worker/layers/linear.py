@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from worker.kernels.cpu.library import packed_product
+from worker.kernels.cpu.products import packed_product
 from worker.layers.build import Build
 from worker.weights.pieces import Piece, whole
 from worker.weights.rows import RowMap, by_heads, row_pieces, side_by_side

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from worker.kernels.cpu.products import int8_product as compiled_product
+
 LARGEST = 127  # symmetric: -128 is not used
 OFFSET = 128  # of an activation as oneDNN wants it, unsigned
 
@@ -67,6 +69,9 @@ def product_of(
         bias = bias.detach().float()
     if weight.values.device.type != "cpu":
         return _PaddedProduct(weight, bias)
+    compiled = compiled_product(weight.values, weight.scales / LARGEST, bias)
+    if compiled is not None:
+        return compiled
     if weight.values.numel() >= PACK_FROM_WEIGHTS and can_pack():
         return _PackedProduct(weight, bias)
     return _PlainProduct(weight, bias)

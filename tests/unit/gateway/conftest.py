@@ -114,9 +114,7 @@ class FakeFleet:
         )
         self._journals: dict[str, asyncio.Queue] = {}
 
-    async def enqueue(
-        self, request: GenerationRequest, *, max_waiting: int, watcher: str
-    ) -> bool:
+    async def enqueue(self, request: GenerationRequest, *, max_waiting: int, watcher: str) -> bool:
         if self.error:
             raise self.error
         self.requests.append(request)

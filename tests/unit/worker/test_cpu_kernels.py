@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.kernels.cpu.library import cpu_kernels, cpu_library, greedy_choice, packed_product
+from worker.kernels.cpu.library import cpu_kernels, cpu_library, greedy_choice
+from worker.kernels.cpu.products import int8_product, packed_product
+from worker.quantization.int8 import quantize_rows
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -213,6 +215,37 @@ def test_matrix_product(num_threads, num_rows, shape, has_bias):
     assert_near(product(x), expected)
     # A row's result depends neither on how many others there are nor on its place among them.
     assert torch.equal(product(x[-1:]), product(x)[-1:])
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 7, 32, 97])
+@pytest.mark.parametrize("shape", [(64, 16), (576, 576), (50, 30), (131, 1027)])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_product(num_threads, num_rows, shape, has_bias, dtype):
+    weight = quantize_rows(torch.randn(shape))
+    bias = torch.randn(shape[0]) if has_bias else None
+    levels = torch.randint(-127, 128, (num_rows, shape[1] + 2))[:, : shape[1]]
+    levels[:, 3] = 127
+    levels[0] = 0
+    x = (levels / 8).to(dtype)  # no number lies between two levels
+    product = int8_product(weight.values, weight.scales / 127, bias)
+    if torch.cpu._is_amx_tile_supported() or not torch.cpu._is_avx512_bf16_supported():
+        assert product is None  # oneDNN's is the faster one, or the only one
+        return
+    expected = levels.double() @ weight.values.double().t() * weight.scales.double() / 8
+    if bias is not None:
+        expected = expected + bias.double()
+    assert_near(product(x), expected)
+    assert torch.equal(product(x[-1:]), product(x)[-1:])
+
+
+def test_int8_product_of_broken_rows_is_not_a_number():
+    weight = quantize_rows(torch.randn(64, 32))
+    product = int8_product(weight.values, weight.scales / 127, None)
+    x = torch.randn(3, 32)
+    x[1, 5] = float("nan")
+    if product is not None:
+        assert product(x).isnan().any(-1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 1000, 49_152])

@@ -2,6 +2,7 @@
 
 build_backend.py      pip's hook: compiles them for each kind of processor, with a compiler from PyPI
 library.py            finds the library that this processor can run, and calls it with tensors
+products.py           products with packed weights, called with tensors
 vector.h              sixteen lanes; bfloat16 in memory
 parallel.h, .cpp      items of work on a pool of threads
 panels.h              bfloat16 products of rows with packed weights
@@ -11,4 +12,5 @@ prompt_attention.cpp  many queries of one sequence, in bfloat16
 elementwise.cpp       norm, rotary positions, gated activation, sum
 sampling.cpp          the greedy choice
 matrix_product.cpp    bfloat16 products, where AVX512-BF16 is and AMX is not
+int8_product.cpp      the same with weights and activations in 8 bits
 """

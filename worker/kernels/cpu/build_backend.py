@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent
 TARGETS = {
     "x86_64": {
         "x86_64_v3": "x86_64_v3",
-        "x86_64_v4_bf16": "x86_64_v4+avx512bf16",
+        "x86_64_v4_bf16": "x86_64_v4+avx512bf16+avx512vnni",
     },
     "aarch64": {"aarch64": "generic"},
 }

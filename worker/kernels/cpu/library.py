@@ -24,14 +24,18 @@ class CpuKernels:
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         self.dtype = dtype
         suffix = SUFFIXES[dtype]
-        self._rms_norm = _function(library, f"rms_norm_{suffix}", "pppiiif")
-        self._rotate = _function(library, f"rotate_{suffix}", "pppiiiii")
-        self._silu_gated = _function(library, f"silu_gated_{suffix}", "ppii")
-        self._add = _function(library, f"add_{suffix}", "ppi")
+        self._rms_norm = kernel_function(library, f"rms_norm_{suffix}", "pppiiif")
+        self._rotate = kernel_function(library, f"rotate_{suffix}", "pppiiiii")
+        self._silu_gated = kernel_function(library, f"silu_gated_{suffix}", "ppii")
+        self._add = kernel_function(library, f"add_{suffix}", "ppi")
         self._prompt_attention = None
         if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
-            self._prompt_attention = _function(library, "prompt_attention", "ppppppiiiiiiiiiiif")
-        self._paged_decode = _function(library, f"paged_decode_{suffix}", "pppppiiiiiiiiiiiif")
+            self._prompt_attention = kernel_function(
+                library, "prompt_attention", "ppppppiiiiiiiiiiif"
+            )
+        self._paged_decode = kernel_function(
+            library, f"paged_decode_{suffix}", "pppppiiiiiiiiiiiif"
+        )
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """`[..., n]` normalised over n, a multiple of 16."""
@@ -93,7 +97,7 @@ class CpuKernels:
         strides = (0, 0, 0)
         if mask is not None:
             strides = _broadcast_strides(mask.view((1,) * (4 - mask.dim()) + mask.shape))
-        packed = torch.empty(_round_up(num_keys, 64) * kv_heads * dim, dtype=torch.int32)
+        packed = torch.empty(round_up(num_keys, 64) * kv_heads * dim, dtype=torch.int32)
         self._prompt_attention(
             *(out.data_ptr(), q.data_ptr(), kv.data_ptr()),
             None if blocks is None else blocks.data_ptr(),
@@ -143,45 +147,11 @@ def greedy_choice(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
     num_rows, size = logits.shape
     tokens = torch.empty(num_rows, dtype=torch.int64)
     largest, totals = torch.empty(num_rows), torch.empty(num_rows)
-    _function(library, "greedy_float32", "ppppiii")(
+    kernel_function(library, "greedy_float32", "ppppiii")(
         *(tokens.data_ptr(), largest.data_ptr(), totals.data_ptr(), logits.data_ptr()),
         *(num_rows, size, logits.stride(0), torch.get_num_threads()),
     )
     return tokens, largest, totals.log_().add_(largest)
-
-
-class PackedProduct:
-    """x Wᵀ + b in bfloat16, with the weight in the order that the processor reads it."""
-
-    def __init__(
-        self, library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> None:
-        self._product = _function(library, "matrix_product", "ppppiiii")
-        self._num_outputs, num_inputs = weight.shape
-        self._num_pairs = num_inputs // 2
-        self._bias = None if bias is None else bias.detach().contiguous()
-        self._bias_pointer = None if bias is None else self._bias.data_ptr()
-        weight = weight.detach().contiguous()
-        self._packed = torch.empty(
-            _round_up(self._num_outputs, 64) * num_inputs, dtype=weight.dtype
-        )
-        _function(library, "pack_weight", "ppii")(
-            *(self._packed.data_ptr(), weight.data_ptr(), self._num_outputs, self._num_pairs),
-            torch.get_num_threads(),
-        )
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., K]` to `[..., N]`."""
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        if rows.stride(1) != 1 or rows.stride(0) % 2:
-            rows = rows.contiguous()
-        out = torch.empty((*x.shape[:-1], self._num_outputs), dtype=x.dtype)
-        self._product(
-            *(out.data_ptr(), rows.data_ptr(), self._packed.data_ptr(), self._bias_pointer),
-            *(rows.shape[0], rows.stride(0) // 2, self._num_outputs, self._num_pairs),
-            torch.get_num_threads(),
-        )
-        return out
 
 
 @functools.cache
@@ -189,25 +159,6 @@ def cpu_kernels(device: torch.device, dtype: torch.dtype) -> CpuKernels | None:
     """The kernels for tensors of this type on this device; None: use torch's operations."""
     library = cpu_library() if device.type == "cpu" and dtype in SUFFIXES else None
     return None if library is None else CpuKernels(library, dtype)
-
-
-def packed_product(
-    weight: torch.Tensor, bias: torch.Tensor | None
-) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """Our product with a weight `[N, K]`, or None where it is not made for.
-
-    Measured on Zen 4 against oneDNN's prepacked product: 1.3 to 2 times as fast with 1 to 8 rows,
-    1.1 to 1.4 times with 32, the same with 128 and more. With AMX oneDNN is the faster one.
-    """
-    is_ours = (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
-        and weight.shape[1] % 2 == 0
-        and torch.cpu._is_avx512_bf16_supported()
-        and not torch.cpu._is_amx_tile_supported()
-    )
-    library = cpu_library() if is_ours else None
-    return None if library is None else PackedProduct(library, weight, bias)
 
 
 @functools.cache
@@ -226,7 +177,7 @@ def processor() -> str:
     return "x86_64_v3" if torch.cpu._is_avx2_supported() else "x86_64"
 
 
-def _function(library: ctypes.CDLL, name: str, arguments: str) -> Callable[..., None]:
+def kernel_function(library: ctypes.CDLL, name: str, arguments: str) -> Callable[..., None]:
     """A kernel; p is a pointer, i an integer, f a float. All end with the number of threads."""
     types = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
     function = library[name]
@@ -242,5 +193,5 @@ def _broadcast_strides(mask: torch.Tensor) -> tuple[int, int, int]:
     return strides[0], strides[1], strides[2]
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
