@@ -14,8 +14,8 @@
 namespace {
 
 constexpr int64_t MAX_THREADS = 256;
-constexpr int SPINS =
-    20000; // some 200 us awake: longer than most gaps between two kernels of a step
+// Some 2 ms awake: longer than the gaps between kernels, and than most between two steps.
+constexpr int SPINS = 150000;
 
 struct alignas(64) Pool {
     uint64_t ticket = 0;          // job number << 32 | items left to take
