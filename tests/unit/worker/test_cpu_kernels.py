@@ -239,6 +239,15 @@ def test_int8_product(num_threads, num_rows, shape, has_bias, dtype):
     assert torch.equal(product(x[-1:]), product(x)[-1:])
 
 
+def test_int8_product_takes_float16():
+    weight = quantize_rows(torch.randn(64, 32))
+    product = int8_product(weight.values, weight.scales / 127, None)
+    x = torch.randn(3, 32).half()
+    if product is not None:
+        assert product(x).dtype == torch.float16
+        assert torch.equal(product(x), product(x.float()).half())
+
+
 def test_int8_product_of_broken_rows_is_not_a_number():
     weight = quantize_rows(torch.randn(64, 32))
     product = int8_product(weight.values, weight.scales / 127, None)

@@ -60,6 +60,7 @@ class CpuKernels:
 
     def silu_gated(self, x: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up for `x` = [gate | up], `[T, 2n]`; n is a multiple of 16."""
+        assert x.dim() == 2 and x.is_contiguous()
         num_rows, size = x.shape[0], x.shape[1] // 2
         out = torch.empty((num_rows, size), dtype=x.dtype)
         self._silu_gated(out.data_ptr(), x.data_ptr(), num_rows, size, torch.get_num_threads())
@@ -177,6 +178,7 @@ def processor() -> str:
     return "x86_64_v3" if torch.cpu._is_avx2_supported() else "x86_64"
 
 
+@functools.cache
 def kernel_function(library: ctypes.CDLL, name: str, arguments: str) -> Callable[..., None]:
     """A kernel; p is a pointer, i an integer, f a float. All end with the number of threads."""
     types = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}

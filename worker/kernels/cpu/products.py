@@ -37,6 +37,7 @@ class PackedProduct:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K]` to `[..., N]`."""
+        assert x.dtype == self._packed.dtype and x.shape[-1] == 2 * self._num_pairs
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         if rows.stride(1) != 1 or rows.stride(0) % 2:
             rows = rows.contiguous()
@@ -82,7 +83,9 @@ class Int8Product:
         )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., K]` to `[..., N]`."""
+        """`[..., K]` to `[..., N]`; numbers of another type than the kernels' pass through float32."""
+        if x.dtype not in self._products:
+            return self(x.float()).to(x.dtype)
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         if rows.stride(1) != 1:
             rows = rows.contiguous()
