@@ -303,7 +303,7 @@ class RequestQueue:
         return num_revoked
 
     async def _dead(self, workers: Sequence[bytes]) -> list[bytes]:
-        """Those without a valid heartbeat; REVOKE looks again."""
+        """Those without a heartbeat, or with one that the clock made too long; REVOKE looks again."""
         async with self._redis.pipeline(transaction=False) as pipeline:
             for worker in workers:
                 pipeline.pttl(self._keys.heartbeat(worker.decode()))

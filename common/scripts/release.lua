@@ -7,6 +7,6 @@ if m[1] ~= ARGV[1] or ARGV[1] == '' then return 0 end
 redis.call('XACK', KEYS[2], ARGV[2], m[2])
 redis.call('XDEL', KEYS[2], m[2])
 local entry = redis.call('XADD', KEYS[3], '*', 'id', ARGV[3])
-redis.call('HSET', KEYS[1], 'state', 'queued', 'token', '', 'entry', entry, 'queue', KEYS[3],
+redis.call('HSET', KEYS[1], 'state', 'queued', 'token', '', 'entry', entry, 'queue', KEYS[3], 'worker', '',
   'stalled', math.max(tonumber(m[3]) - 1, 0), 'attempts', math.max(tonumber(m[4]) - 1, 0))
 return 1

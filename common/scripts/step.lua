@@ -33,6 +33,11 @@ local function differs(length, base, journal)
 end
 
 local function fenced(request, journal, kind, base, token)
+  -- a worker that outlives its lease was not ended by the request: that lease counts for nothing
+  local m = call('HMGET', request, 'revoked', 'stalled', 'attempts')
+  if m[1] == token then
+    call('HSET', request, 'revoked', '', 'stalled', math.max(m[2] - 1, 0), 'attempts', math.max(m[3] - 1, 0))
+  end
   -- the retry of the very frame that ended the request is no fault
   local is_end = kind == 'finished' or kind == 'failed'
   local length = call('LLEN', journal)

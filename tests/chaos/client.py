@@ -38,6 +38,7 @@ class Observation:
     longest_gap_s: float = 0.0
     refusals: int = 0  # 429 and 503 before the stream began
     text: str | None = None  # as the terminal event tells it
+    message: str = ""  # of the error that ended it
     key: str = ""  # its Idempotency-Key, if it has one
     last_id: str = ""
     url: str = ""  # of the gateway that serves it now
@@ -156,6 +157,7 @@ class ChaosClient:
         else:
             told = await answer.json(content_type=None)
             seen.seen.error = told.get("error_type") or f"status {answer.status}"
+            seen.message = str(told.get("error"))
 
     def _take(self, seen: Observation, event_id: str, event: dict) -> None:
         seen.note()
@@ -163,6 +165,7 @@ class ChaosClient:
             is_passing = event.get("error_type") in ("unavailable", "backend_unavailable")
             if not (seen.is_resuming and is_passing):
                 seen.seen.error = event.get("error_type", "error")
+                seen.message = event["error"]
             return
         seen.events.append(event)
         request_id, _, place = event_id.rpartition(":")

@@ -61,7 +61,7 @@ class Outcome:
         if seen.seen.error:
             self.errors[seen.seen.error] += 1
             if seen.seen.error not in allowed:
-                self.blame(f"error: {seen.seen.error} ({seen.seen.request.id})")
+                self.blame(f"error: {seen.seen.error} {seen.message!r} ({seen.seen.request.id})")
 
     def blame(self, text: str) -> None:
         """Note what must not be; its first word says what kind of wrong it is."""

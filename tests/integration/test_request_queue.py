@@ -9,7 +9,7 @@ from common.errors import Overloaded, Unavailable
 from common.lua import Scripts
 from common.redis_client import open_redis
 from common.redis_keys import ModelKeys
-from common.request_queue import Append, Lease, RequestQueue
+from common.request_queue import MAX_ATTEMPTS, MAX_STALLED, Append, Lease, RequestQueue
 from common.request_store import RequestStore
 from common.token_journal import TokenJournal
 from tests.requests import a_request, frames_of
@@ -290,10 +290,48 @@ async def test_who_told_nothing_before_its_worker_died_is_a_suspect(queue: Reque
     assert {entry.request_id: entry.is_suspect for entry in entries}[silent.id], "still not tried"
 
 
-async def test_heartbeat_from_before_the_clock_was_set_back_is_none(
+async def test_heartbeat_from_before_the_clock_was_set_back_holds_for_one_lease(
     queue: RequestQueue, redis: Redis, keys: ModelKeys
 ):
     await queue.enqueue(a_request(), max_waiting=10)
     await take(queue, "w1")
     await redis.set(keys.heartbeat("w1"), 5000, px=5000 + 3_600_000)
+    assert await queue.revoke_abandoned() == 0, "its worker may live, and gets a lease to say so"
+    assert 0 < await redis.pttl(keys.heartbeat("w1")) <= 5000
+    await redis.delete(keys.heartbeat("w1"))
     assert await queue.revoke_abandoned() == 1
+
+
+async def test_worker_that_outlives_its_lease_was_not_ended_by_its_request(
+    queue: RequestQueue, redis: Redis, keys: ModelKeys
+):
+    """As when the broker's clock jumps: heartbeats run out, but nobody died."""
+    request = a_request()
+    await queue.enqueue(request, max_waiting=10)
+    frame = frames_of(request.id, ["a"])[0]
+    for turn in range(2 * MAX_ATTEMPTS):
+        lease = await take(queue, f"w{turn % 2}")
+        await queue.revoke_abandoned()
+        for _ in range(2):  # the reply of the first was lost
+            assert (await put(queue, lease, 0, frame)).is_fenced
+    assert await redis.hmget(keys.request(request.id), "stalled", "attempts") == [b"0", b"0"]
+    for turn in range(MAX_STALLED):
+        await take(queue, f"dies-{turn}")
+        await queue.revoke_abandoned()
+    assert await take(queue) is None, "three workers did die"
+    assert await redis.xlen(keys.dead_letters) == 1
+
+
+async def test_worker_that_leases_again_what_it_lost_is_alive(
+    queue: RequestQueue, redis: Redis, keys: ModelKeys
+):
+    request = a_request()
+    await queue.enqueue(request, max_waiting=10)
+    for _ in range(2 * MAX_STALLED):
+        lost = await take(queue, "w1")
+        await queue.revoke_abandoned()
+    await take(queue, "w1")
+    await put(queue, lost, 0)
+    assert await redis.hget(keys.request(request.id), "stalled") == b"1", (
+        "if it ends now, that counts"
+    )

@@ -10,7 +10,8 @@ import pytest
 from redis.asyncio import Redis
 
 from common.client import FleetClient
-from common.messages import OnDisconnect, RequestState
+from common.codec import decode_frame
+from common.messages import OnDisconnect, RequestState, Stopping
 from common.redis_keys import ModelKeys
 from common.request_queue import RequestQueue
 from common.request_store import RequestStore
@@ -292,3 +293,18 @@ async def test_nothing_is_spliced_when_every_holder_is_gone(
         assert [place_of(event_id) for event_id, _ in events] == list(range(10, 40))
     else:
         assert [data["error_type"] for _, data in events] == ["stream_diverged"]
+
+
+async def test_request_that_a_worker_cannot_run_is_told_so_and_the_worker_lives(
+    fleet: Fleet, redis: Redis
+):
+    """A gateway refuses it, but the smaller of two workers may get it."""
+    worker = await fleet.worker("--max-batch-total-tokens", "64", "--max-total-tokens", "64")
+    queue = RequestQueue(redis, KEYS)
+    for _ in range(2):  # an idle worker that nothing else wakes
+        request = a_request(model="echo", stopping=Stopping(max_new_tokens=100))
+        await queue.enqueue(request, max_waiting=10)
+        await until_state(redis, request.id, b"failed")
+        [frame] = map(decode_frame, await redis.lrange(KEYS.journal(request.id), 0, -1))
+        assert frame.failure.kind == "validation" and "KV cache" in frame.failure.message
+    assert worker.process.returncode is None

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -159,7 +160,8 @@ def test_kill_minus_nine_leaves_no_orphan(serve: Callable[..., Serve], tmp_path:
         broker.connect(str(tmp_path / "broker.sock"))
         fleet.process.kill()
         assert fleet.exit_code() == -signal.SIGKILL  # gateway and worker have closed the pipe
-        assert broker.recv(1) == b""
+        with suppress(ConnectionResetError):  # it ended before it took the connection
+            assert broker.recv(1) == b""
 
 
 def test_a_model_that_cannot_be_loaded_ends_serve(

@@ -19,6 +19,7 @@ class OracleRequest:
     state: str = "queued"
     token: str = ""
     final_token: str = ""
+    revoked: str = ""  # the token that lost it last
     owner: str = ""
     is_cancelled: bool = False
     attempts: int = 0
@@ -80,9 +81,10 @@ class Oracle:
         if request.is_cancelled:
             self._end(request, "cancelled", frames["cancelled"], queue, entry)
             return "CANCELLED"
-        has_moved = len(request.journal) > request.leased_at_length
-        stalled = 0 if has_moved else request.stalled
-        stalled += request.state != "running"
+        has_told = len(request.journal) > request.leased_at_length
+        is_again = request.owner == worker
+        stalled = 0 if has_told else request.stalled
+        stalled += has_told or not is_again
         if stalled > MAX_STALLED or request.attempts + 1 > MAX_ATTEMPTS:
             self.dead_letters.append(request.id)
             self._end(request, "failed", frames["poison"], queue, entry)
@@ -90,6 +92,8 @@ class Oracle:
         request.state, request.token, request.owner = "running", token, worker
         request.stalled, request.leased_at_length = stalled, len(request.journal)
         request.attempts += 1
+        if is_again:
+            request.revoked = ""
         return "OK"
 
     def step(
@@ -99,6 +103,10 @@ class Oracle:
         request = self.requests.get(request_id)
         length = len(request.journal) if request else 0
         if request is None or request.token != token:
+            if request and request.revoked == token:
+                request.revoked = ""
+                request.stalled = max(request.stalled - 1, 0)
+                request.attempts = max(request.attempts - 1, 0)
             is_end = kind in ("finished", "failed") and length == base + 1
             return length if is_end and request and request.final_token == token else -1
         if length > base:
@@ -130,7 +138,7 @@ class Oracle:
         if request is None or not token or request.token != token:
             return False
         self._forget_entry(request)
-        request.state, request.token = "queued", ""
+        request.state, request.token, request.owner = "queued", "", ""
         request.stalled, request.attempts = (
             max(request.stalled - 1, 0),
             max(request.attempts - 1, 0),
@@ -148,6 +156,7 @@ class Oracle:
                 queue.remove(entry)
                 request = self.requests.get(entry.request_id)
                 if request and request.entry == entry.number and request.state not in ENDED:
+                    request.revoked = request.token
                     request.state, request.token = "queued", ""
                     self._put(request, 0)
                     num_revoked += 1

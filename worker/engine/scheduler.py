@@ -179,11 +179,12 @@ class Scheduler:
                 self.drop(sequence)
 
     def drop(self, sequence: Sequence) -> None:
-        """End a sequence in any state and free what it holds; full blocks stay findable."""
+        """End a sequence in any state, also one that was not added, and free what it holds; full blocks stay findable."""
         if sequence.state in TERMINAL_SEQUENCE_STATES:
             return
         if sequence.state is SequenceState.WAITING:
-            self._waiting.remove(sequence)
+            if sequence in self._waiting:
+                self._waiting.remove(sequence)
         else:
             self._running.remove(sequence)
             self._vacate(sequence)

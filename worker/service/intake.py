@@ -75,8 +75,8 @@ class Intake:
                 self._has_group = False
 
     async def wait_for_work(self) -> None:
-        """Return when the scheduler has something to do, or when `close` was called."""
-        while not self._scheduler.has_work and not self._is_closed:
+        """Return when the scheduler or the publisher has something to do, or when `close` was called."""
+        while not (self._scheduler.has_work or self._publisher.has_unsent or self._is_closed):
             self._has_work.clear()
             await self._has_work.wait()
 

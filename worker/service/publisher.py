@@ -70,12 +70,19 @@ class Publisher:
         return sum(stream.num_sent <= len(stream.lease.frames) for stream in self._streams.values())
 
     @property
+    def has_unsent(self) -> bool:
+        """Whether a frame is not yet known to be in its journal."""
+        return any(stream.num_sent < len(stream.frames) for stream in self._streams.values())
+
+    @property
     def entries(self) -> set[tuple[str, str]]:
         """Queue and entry of every live request."""
         return {(stream.lease.queue, stream.lease.entry) for stream in self._streams.values()}
 
     def open(self, sequence: Sequence, lease: Lease) -> None:
-        """Begin to publish a leased request."""
+        """Begin to publish a leased request; one that was lost meanwhile and came back begins anew."""
+        if (known := self._streams.get(lease.request.id)) is not None:
+            self._lost.append(known.sequence)
         frames = list(lease.frames)
         ends_at_s = self._clock() + lease.left_s
         stream = _Stream(sequence, lease, ends_at_s, frames, len(frames))
@@ -200,7 +207,8 @@ class Publisher:
             self._overtaken.append(replace(stream.lease, frames=frames, left_s=left_s))
 
     def _end(self, stream: _Stream, frame: Frame | None) -> None:
-        self._streams.pop(stream.lease.request.id, None)
+        if self._is_live(stream):
+            del self._streams[stream.lease.request.id]
         if frame is not None:
             self._on_end(stream.sequence, frame)
 

@@ -22,9 +22,12 @@ class ScriptedQueue:
         self.calls: list[list[Append]] = []
         self.answers: list[object] = []
         self.released: list[str] = []
+        self.is_answering = asyncio.Event()
+        self.is_answering.set()
 
     async def append(self, appends, *, patience_s):
         self.calls.append(list(appends))
+        await self.is_answering.wait()
         answer = self.answers.pop(0) if self.answers else [OK] * len(appends)
         if isinstance(answer, Exception):
             raise answer
@@ -161,3 +164,20 @@ async def test_release_hands_back_what_is_live(scene: Scene):
     await scene.publish(0)
     assert await scene.publisher.release_all() == 1
     assert scene.queue.released == [scene.request.id] and scene.publisher.num_live == 0
+
+
+async def test_request_that_was_lost_and_came_back_begins_anew(scene: Scene):
+    """Its worker lives and leased it again, while the old lease's frame was still on its way."""
+    scene.queue.is_answering.clear()
+    scene.queue.answers = [[Appended(is_fenced=True)]]
+    await scene.publish(0)
+    again = Sequence(scene.request)
+    scene.publisher.open(again, replace(scene.lease, token="another"))
+    scene.queue.is_answering.set()
+    await scene.publisher.flush()
+    assert set(scene.publisher.take_lost()) == {scene.sequence}, "nobody decodes it any more"
+    assert scene.request.id in scene.publisher, "the answer to the old lease is none to the new"
+    await scene.publisher.publish([Output(again, 0, scene.frames[0], 0)])
+    await scene.publisher.flush()
+    assert scene.queue.calls[-1][0].token == "another"
+    assert scene.sent()[-1] == (0, scene.frames[0])
