@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import multiprocessing
 import signal
@@ -28,6 +29,7 @@ _CLOSING_S = 2.0  # for handlers to end once their streams were stopped
 def run_server(settings: GatewaySettings, metrics_folder: Path | None = None) -> None:
     """Serve until SIGTERM or SIGINT. Raises OSError when the port cannot be had."""
     configure_logging(settings.log_level, settings.json_output)
+    gc.freeze()  # what was imported stays: a full collection need not walk through it
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(serve(settings, metrics_folder=metrics_folder))
 

@@ -1,6 +1,7 @@
 """One worker process from start to end: load the model, announce it, decode, drain."""
 
 import asyncio
+import gc
 import hashlib
 import logging
 import signal
@@ -66,6 +67,7 @@ async def _serve(settings: WorkerSettings) -> int:
     try:
         await wait_for_redis(redis, timeout_s=_BROKER_TIMEOUT_S)
         loaded = await loading
+        gc.freeze()  # libraries and model are here to stay: a full collection need not walk through them
         logger.info(
             "model loaded",
             extra={

@@ -2,13 +2,13 @@
 // softmax in one pass; Kwon et al. 2023: paged). The cache is described in
 // worker/layers/attention.py.
 
+#include "attention_tile.h"
 #include "parallel.h"
 #include "softmax.h"
 #include "vector.h"
 
 namespace {
 
-constexpr int64_t TILE = 32;        // tokens whose scores are in hand at once
 constexpr int64_t MAX_TOGETHER = 4; // queries that share a loaded key
 
 template <typename T>
@@ -23,11 +23,15 @@ struct Decode {
     int64_t mask_strides[3];
     float scale;
 
-    // Where the tokens of a tile lie, for a key-value head and those after it.
-    void locate(const T **tokens, int64_t sequence, int64_t head, int64_t begin,
-                int64_t count) const {
+    // Where the tokens of a tile lie, for a key-value head and those after it. Beyond the last
+    // token it tells that one's place again.
+    void locate(const T **tokens, int64_t sequence, int64_t head, int64_t begin) const {
         int64_t column = begin / block_size, offset = begin % block_size;
-        for (int64_t k = 0; k < count; k++) {
+        for (int64_t k = 0; k < TILE; k++) {
+            if (begin + k >= stop) {
+                tokens[k] = tokens[k - 1];
+                continue;
+            }
             const int64_t block = blocks[sequence * num_blocks + column];
             tokens[k] = rows + ((block * block_size + offset) * 2 * kv_heads + head) * dim;
             if (++offset == block_size)
@@ -36,66 +40,23 @@ struct Decode {
     }
 };
 
-// Begins to move a tile to the L2 cache, in the order of the addresses: head by head they are too
-// far apart for the processor to guess the next.
-template <typename T>
-void prefetch(const T *const *tokens, int64_t count, int64_t values, int64_t size) {
-    for (int64_t k = 0; k < count; k++)
-        for (int64_t part = 0; part <= values; part += values)
-            for (int64_t c = 0; c < size; c += 64 / (int64_t)sizeof(T))
-                __builtin_prefetch(tokens[k] + part + c, 0, 2);
-}
-
-// scores[i][k] = queries[i] . key of token k, which is `at` numbers into it.
-template <typename T, int N>
-void score(float (*scores)[TILE], const float *queries, const T *const *tokens, int64_t at,
-           int64_t count, int64_t dim) {
-    for (int64_t k = 0; k < count; k++) {
-        Lanes totals[N] = {};
-        for (int64_t c = 0; c < dim; c += LANES) {
-            Lanes key = load(tokens[k] + at + c);
-            for (int i = 0; i < N; i++)
-                totals[i] += load(queries + i * dim + c) * key;
-        }
-        for (int i = 0; i < N; i++)
-            scores[i][k] = sum(totals[i]);
-    }
-}
-
-// sums[i] += weights[i][k] * value of token k; FEATURES lanes of N queries stay in registers.
-template <typename T, int N, int FEATURES>
-void accumulate(float *sums, const float (*weights)[TILE], const T *const *tokens, int64_t at,
-                int64_t count, int64_t dim) {
-    Lanes totals[N][FEATURES];
-    for (int i = 0; i < N; i++)
-        for (int f = 0; f < FEATURES; f++)
-            totals[i][f] = load(sums + i * dim + f * LANES);
-    for (int64_t k = 0; k < count; k++)
-        for (int f = 0; f < FEATURES; f++) {
-            Lanes value = load(tokens[k] + at + f * LANES);
-            for (int i = 0; i < N; i++)
-                totals[i][f] += weights[i][k] * value;
-        }
-    for (int i = 0; i < N; i++)
-        for (int f = 0; f < FEATURES; f++)
-            store(sums + i * dim + f * LANES, totals[i][f]);
-}
-
 // Some query heads of one sequence, and their sums over the tokens seen so far.
+template <typename T>
 struct Heads {
-    float *queries, *sums; // [heads, dim]
-    float *tops, *totals;  // [heads]: highest score, sum of the weights
+    Query<T> *queries;    // [heads, padded(dim)], 0 beyond dim
+    float *sums;          // [heads, dim], in the order of `Pair`
+    float *tops, *totals; // [heads]: highest score, sum of the weights
 };
 
 // N query heads from `head` on, all of key-value head `kv_head`, over a tile whose first token is
 // `begin`. `first_kv` is the key-value head that the tile's pointers and `state` begin with.
 template <typename T, int N>
-void attend(const Decode<T> &task, Heads state, const T *const *tokens, int64_t sequence,
+void attend(const Decode<T> &task, Heads<T> state, Tiles<T> tiles, int64_t sequence,
             int64_t first_kv, int64_t kv_head, int64_t head, int64_t begin, int64_t count) {
     const int64_t dim = task.dim, at = (kv_head - first_kv) * dim,
                   row = head - first_kv * task.group;
     float scores[N][TILE], *sums = state.sums + row * dim;
-    score<T, N>(scores, state.queries + row * dim, tokens, at, count, dim);
+    score<T, N>(scores, state.queries + row * padded(dim), tiles, at, count, dim, task.scale);
     for (int i = 0; i < N; i++) {
         if (task.mask) {
             const T *mask =
@@ -113,34 +74,38 @@ void attend(const Decode<T> &task, Heads state, const T *const *tokens, int64_t 
     int64_t c = 0;
     const int64_t values = at + task.kv_heads * dim;
     for (; c + 4 * LANES <= dim; c += 4 * LANES)
-        accumulate<T, N, 4>(sums + c, scores, tokens, values + c, count, dim);
-    for (; c < dim; c += LANES)
-        accumulate<T, N, 1>(sums + c, scores, tokens, values + c, count, dim);
+        accumulate<T, N, 2>(sums + c, scores, tiles, values + c, count, dim);
+    for (; c + 2 * LANES <= dim; c += 2 * LANES)
+        accumulate<T, N, 1>(sums + c, scores, tiles, values + c, count, dim);
+    if (c < dim)
+        accumulate_rest<T, N>(sums + c, scores, tiles, values + c, count, dim);
 }
 
-// All queries of key-value heads `first_kv` to `last_kv` of a sequence.
+// All queries of key-value heads `first_kv` to `last_kv` of a sequence. `tiles` holds the place of
+// its first tile, and in the end that of the next sequence's.
 template <typename T>
-void decode_heads(const Decode<T> &task, int64_t sequence, int64_t first_kv, int64_t last_kv) {
+void decode_heads(const Decode<T> &task, const T *(&located)[2][TILE], int64_t sequence,
+                  int64_t next_sequence, int64_t first_kv, int64_t last_kv) {
     const int64_t dim = task.dim, group = task.group, num_heads = (last_kv - first_kv) * group;
     const int64_t size = num_heads * dim, offset = first_kv * group * dim;
-    float *memory =
-        static_cast<float *>(__builtin_alloca((2 * size + 2 * num_heads) * sizeof(float)));
-    const Heads state{memory, memory + size, memory + 2 * size, memory + 2 * size + num_heads};
-    for (int64_t c = 0; c < size; c += LANES) {
-        store(state.queries + c, load(task.q + sequence * task.q_stride + offset + c) * task.scale);
-        store(state.sums + c, Lanes{});
-    }
-    for (int64_t i = 0; i < num_heads; i++)
+    float *memory = static_cast<float *>(__builtin_alloca((size + 2 * num_heads) * sizeof(float)));
+    auto *queries =
+        static_cast<Query<T> *>(__builtin_alloca(num_heads * padded(dim) * sizeof(Query<T>)));
+    const Heads<T> state{queries, memory, memory + size, memory + size + num_heads};
+    memset(queries, 0, num_heads * padded(dim) * sizeof(Query<T>));
+    memset(state.sums, 0, size * sizeof(float));
+    for (int64_t i = 0; i < num_heads; i++) {
+        const T *q = task.q + sequence * task.q_stride + offset + i * dim;
+        for (int64_t c = 0; c < dim; c += LANES)
+            store(queries + i * padded(dim) + c, load(q + c));
         state.tops[i] = -__builtin_inff(), state.totals[i] = 0;
-    const T *located[2][TILE];
-    int64_t count = task.stop - task.start < TILE ? task.stop - task.start : TILE, next, turn = 0;
-    task.locate(located[0], sequence, first_kv, task.start, count);
-    prefetch(located[0], count, task.kv_heads * dim, (last_kv - first_kv) * dim);
-    for (int64_t begin = task.start; begin < task.stop;
-         begin += count, count = next, turn = !turn) {
-        next = task.stop - begin - count < TILE ? task.stop - begin - count : TILE;
-        task.locate(located[!turn], sequence, first_kv, begin + count, next);
-        prefetch(located[!turn], next, task.kv_heads * dim, (last_kv - first_kv) * dim);
+    }
+    for (int64_t begin = task.start; begin < task.stop; begin += TILE) {
+        const int64_t end = begin + TILE, count = (end < task.stop ? end : task.stop) - begin;
+        const bool is_last = end >= task.stop;
+        const T **now = located[0], **ahead = located[1];
+        task.locate(ahead, is_last ? next_sequence : sequence, first_kv,
+                    is_last ? task.start : end);
         for (int64_t kv_head = first_kv; kv_head < last_kv; kv_head++)
             for (int64_t i = 0; i < group; i += MAX_TOGETHER) {
                 const int64_t together = group - i < MAX_TOGETHER ? group - i : MAX_TOGETHER;
@@ -148,28 +113,46 @@ void decode_heads(const Decode<T> &task, int64_t sequence, int64_t first_kv, int
                                 : together == 2 ? attend<T, 2>
                                 : together == 3 ? attend<T, 3>
                                                 : attend<T, 4>;
-                attend_n(task, state, located[turn], sequence, first_kv, kv_head,
+                attend_n(task, state, {now, i ? now : ahead}, sequence, first_kv, kv_head,
                          kv_head * group + i, begin, count);
             }
+        memcpy(now, ahead, sizeof located[0]);
     }
     T *out = task.out + sequence * task.kv_heads * group * dim + offset;
-    for (int64_t i = 0; i < num_heads; i++)
-        for (int64_t c = i * dim; c < (i + 1) * dim; c += LANES)
-            store(out + c, load(state.sums + c) / state.totals[i]);
+    for (int64_t i = 0; i < num_heads; i++) {
+        const float *sums = state.sums + i * dim, total = state.totals[i];
+        int64_t c = 0;
+        for (; c + 2 * LANES <= dim; c += 2 * LANES) {
+            const Pair pair = load_pair(sums + c);
+            store_pair(out + i * dim + c, {pair.first / total, pair.second / total});
+        }
+        if (c < dim)
+            store(out + i * dim + c, load(sums + c) / total);
+    }
 }
 
-// An item of work is a sequence; where they are few, some of its heads.
+// An item of work is some sequences one after the other; where they are few, some heads of one.
 template <typename T>
 void decode(const Decode<T> &task, int64_t num_threads, int64_t num_sequences) {
+    constexpr int64_t ITEMS = 4; // a thread: as many as let one make up for another's delay
     int64_t parts = num_sequences < 2 * num_threads ? 2 * num_threads / num_sequences : 1;
     if (parts > task.kv_heads)
         parts = task.kv_heads;
+    const int64_t together = (num_sequences + ITEMS * num_threads - 1) / (ITEMS * num_threads);
+    const int64_t num_items = (num_sequences + together - 1) / together;
     const bool is_large =
         num_sequences * task.kv_heads * (task.stop - task.start) * task.dim > 1 << 16;
-    for_each(num_threads, num_sequences * parts, is_large, [&](int64_t item) {
-        const int64_t part = item % parts;
-        decode_heads(task, item / parts, task.kv_heads * part / parts,
-                     task.kv_heads * (part + 1) / parts);
+    for_each(num_threads, num_items * parts, is_large, [&](int64_t item) {
+        const int64_t part = item % parts, first = item / parts * together;
+        const int64_t first_kv = task.kv_heads * part / parts,
+                      last_kv = task.kv_heads * (part + 1) / parts;
+        const int64_t last =
+            (first + together < num_sequences ? first + together : num_sequences) - 1;
+        const T *located[2][TILE];
+        task.locate(located[0], first, first_kv, task.start);
+        for (int64_t sequence = first; sequence <= last; sequence++)
+            decode_heads(task, located, sequence, sequence < last ? sequence + 1 : last, first_kv,
+                         last_kv);
     });
 }
 

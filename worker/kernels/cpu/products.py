@@ -11,7 +11,8 @@ import torch
 
 from worker.kernels.cpu.library import SUFFIXES, cpu_library, kernel_function, round_up
 
-PANEL = 64
+PANEL = 32  # outputs of a packed weight
+INT8_PANEL = 64
 KEPT_ROWS = 1
 
 
@@ -71,7 +72,7 @@ class Int8Product:
         self._bias_pointer = None if bias is None else bias.data_ptr()
         self._shift = torch.empty(self._num_outputs, dtype=torch.int32)
         self._packed = torch.empty(
-            round_up(self._num_outputs, PANEL) * self._row_bytes, dtype=torch.int8
+            round_up(self._num_outputs, INT8_PANEL) * self._row_bytes, dtype=torch.int8
         )
         self._kept = (
             torch.empty(KEPT_ROWS * self._row_bytes, dtype=torch.uint8),

@@ -15,6 +15,8 @@
 
 namespace {
 
+constexpr int VECTORS = 4;
+constexpr int64_t PANEL = VECTORS * LANES;
 constexpr int64_t TILE = PANEL; // keys
 constexpr int64_t MAX_DIM = 256;
 constexpr int64_t ROWS = 96; // of one item of work: their scores and sums stay in the L2 cache
@@ -88,8 +90,8 @@ void attend(const Prompt &task, int64_t head, int64_t first, int64_t count) {
     for (int64_t tile = 0; tile * TILE < seen; tile++) {
         const int64_t begin = tile * TILE;
         const int64_t width = seen - begin < TILE ? seen - begin : TILE;
-        multiply(scores, (const uint32_t *)queries, dim / 2, task.keys(head, tile), dim / 2, true,
-                 count);
+        multiply<VECTORS>(scores, (const uint32_t *)queries, dim / 2, task.keys(head, tile),
+                          dim / 2, true, count);
         for (int64_t r = 0; r < count; r++) {
             const int64_t query = (first + r) / task.group, member = (first + r) % task.group;
             float *row = scores + r * TILE;
@@ -115,8 +117,9 @@ void attend(const Prompt &task, int64_t head, int64_t first, int64_t count) {
                     }
         }
         for (int64_t p = 0; p < num_panels; p++)
-            multiply(sums + p * ROWS * PANEL, (const uint32_t *)weights, TILE / 2,
-                     task.values(head, tile) + p * TILE / 2 * PANEL, TILE / 2, tile == 0, count);
+            multiply<VECTORS>(sums + p * ROWS * PANEL, (const uint32_t *)weights, TILE / 2,
+                              task.values(head, tile) + p * TILE / 2 * PANEL, TILE / 2, tile == 0,
+                              count);
     }
     for (int64_t r = 0; r < count; r++) {
         const int64_t query = (first + r) / task.group, member = (first + r) % task.group;
