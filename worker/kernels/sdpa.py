@@ -30,18 +30,32 @@ def paged_attention(
     window: int | None,
     rules: ScoreRules | None = None,
 ) -> torch.Tensor:
-    """Write `kv` to the cache and attend; see `PagedAttention.forward`.
+    """Write `kv` to the cache and attend; see `PagedAttention.forward` and `attend`."""
+    store(kv, rows, metadata)
+    return attend(q, kv, rows, metadata, scale=scale, window=window, rules=rules)
+
+
+def attend(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    rows: torch.Tensor,
+    metadata: AttentionMetadata,
+    *,
+    scale: float,
+    window: int | None,
+    rules: ScoreRules | None = None,
+) -> torch.Tensor:
+    """Attention over what is in the cache already, `kv` included.
 
     Args:
         q: `[T, heads, d]`.
         kv: `[T, 2 * kv_heads, d]`.
-        rows: the layer's cache, `[num_blocks, block_size, 2 * kv_heads, d]`; changed in place.
+        rows: the layer's cache, `[num_blocks, block_size, 2 * kv_heads, d]`.
         rules: for the scores; None for all of our own families.
 
     Returns:
         `[T, heads * d]`.
     """
-    store(kv, rows, metadata)
     view = metadata.views[window]
     kernels = _kernels(q) if rules is None else None
     if kernels is not None:
@@ -111,11 +125,18 @@ def store(
     kv: torch.Tensor, rows: torch.Tensor, metadata: AttentionMetadata | EncoderMetadata
 ) -> None:
     """Write keys and values `[T, 2 * kv_heads, d]` to the cache."""
-    if metadata.entered_blocks is not None:
-        # A mask hides the unwritten end of a block from the softmax, but 0 * NaN is NaN: without
-        # this, a sequence whose values overflowed would reach the next owner of its blocks.
-        rows.index_fill_(0, metadata.entered_blocks, 0)
+    clear_entered(rows, metadata)
     rows.view(-1, *kv.shape[1:]).index_copy_(0, metadata.cache_rows, kv)
+
+
+def clear_entered(rows: torch.Tensor, metadata: AttentionMetadata | EncoderMetadata) -> None:
+    """Zero the blocks that this step begins.
+
+    A mask hides the unwritten end of a block from the softmax, but 0 * NaN is NaN: without this, a
+    sequence whose values overflowed would reach the next owner of its blocks.
+    """
+    if metadata.entered_blocks is not None:
+        rows.index_fill_(0, metadata.entered_blocks, 0)
 
 
 def _kernels(q: torch.Tensor) -> CpuKernels | None:

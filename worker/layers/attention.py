@@ -52,6 +52,13 @@ class PagedAttention(nn.Module):
         rows = cache.layers[self.layer_index]
         return sdpa.paged_attention(q, kv, rows, metadata, scale=self.scale, window=self.window)
 
+    def attend(
+        self, q: torch.Tensor, kv: torch.Tensor, cache: KvCache, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        """The same, where `kv` is in the cache already."""
+        rows = cache.layers[self.layer_index]
+        return sdpa.attend(q, kv, rows, metadata, scale=self.scale, window=self.window)
+
 
 class CrossAttention(nn.Module):
     """softmax(q kᵀ scale) v of every token of a decoder over its sequence's whole encoder input.

@@ -13,12 +13,16 @@ features of a head.
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from worker.kernels.cpu.gated_block import GatedBlock, gated_block
 from worker.kernels.metadata import AttentionMetadata
+from worker.kernels.sdpa import clear_entered
 from worker.layers.activations import activation, gated
 from worker.layers.attention import KvCache, PagedAttention
 from worker.layers.build import Build
@@ -86,11 +90,41 @@ class Block(nn.Module):
         self.mlp_norm = RmsNorm(config.hidden_size, config.norm_eps, build)
         self.mlp = Mlp(config, build)
 
+    @cached_property
+    def compiled(self) -> GatedBlock | None:
+        """This block with less between its kernels, once the weights are there; None where it has
+        parts that those kernels have not."""
+        attention, mlp = self.attention, self.mlp
+        if attention.has_qk_norm or mlp.activation is not F.silu or attention.output.shard.size > 1:
+            return None
+        return gated_block(
+            [(norm.weight, norm.eps) for norm in (self.attention_norm, self.mlp_norm)],
+            [part.product for part in (attention.qkv, attention.output, mlp.gate_up, mlp.down)],
+            (attention.num_heads, attention.num_kv_heads, attention.head_dim),
+        )
+
     def forward(
         self, x: torch.Tensor, rotation: Rotation, cache: KvCache, metadata: AttentionMetadata
     ) -> torch.Tensor:
+        if self.compiled is not None:
+            return self._compiled_forward(self.compiled, x, rotation, cache, metadata)
         x = added(x, self.attention(self.attention_norm(x), rotation, cache, metadata))
         return added(x, self.mlp(self.mlp_norm(x)))
+
+    def _compiled_forward(
+        self,
+        block: GatedBlock,
+        x: torch.Tensor,
+        rotation: Rotation,
+        cache: KvCache,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        attention = self.attention
+        rows = cache.layers[attention.paged.layer_index]
+        clear_entered(rows, metadata)
+        heads = block.before_attention(x, rotation.cos, rotation.sin, rows, metadata.cache_rows)
+        q, kv = heads.tensor_split((attention.num_heads,), dim=1)
+        return block.after_attention(x, attention.paged.attend(q, kv, cache, metadata))
 
 
 class Attention(nn.Module):

@@ -23,16 +23,17 @@ class PackedProduct:
         self, library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
         self._product = kernel_function(library, "matrix_product", "ppppiiii")
-        self._num_outputs, num_inputs = weight.shape
-        self._num_pairs = num_inputs // 2
+        self.num_outputs, self.num_inputs = weight.shape
+        self._num_pairs = self.num_inputs // 2
         self._bias = None if bias is None else bias.detach().contiguous()
-        self._bias_pointer = None if bias is None else self._bias.data_ptr()
+        self.bias_pointer = None if bias is None else self._bias.data_ptr()
         weight = weight.detach().contiguous()
         self._packed = torch.empty(
-            round_up(self._num_outputs, PANEL) * num_inputs, dtype=weight.dtype
+            round_up(self.num_outputs, PANEL) * self.num_inputs, dtype=weight.dtype
         )
+        self.pointer = self._packed.data_ptr()
         kernel_function(library, "pack_weight", "ppii")(
-            *(self._packed.data_ptr(), weight.data_ptr(), self._num_outputs, self._num_pairs),
+            *(self.pointer, weight.data_ptr(), self.num_outputs, self._num_pairs),
             torch.get_num_threads(),
         )
 
@@ -42,10 +43,10 @@ class PackedProduct:
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         if rows.stride(1) != 1 or rows.stride(0) % 2:
             rows = rows.contiguous()
-        out = torch.empty((*x.shape[:-1], self._num_outputs), dtype=x.dtype)
+        out = torch.empty((*x.shape[:-1], self.num_outputs), dtype=x.dtype)
         self._product(
-            *(out.data_ptr(), rows.data_ptr(), self._packed.data_ptr(), self._bias_pointer),
-            *(rows.shape[0], rows.stride(0) // 2, self._num_outputs, self._num_pairs),
+            *(out.data_ptr(), rows.data_ptr(), self.pointer, self.bias_pointer),
+            *(rows.shape[0], rows.stride(0) // 2, self.num_outputs, self._num_pairs),
             torch.get_num_threads(),
         )
         return out
