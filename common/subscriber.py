@@ -54,6 +54,14 @@ class Subscription:
         """Forget the LOOKs that came so far."""
         self._items = deque(item for item in self._items if item is not LOOK)
 
+    def look_first(self) -> None:
+        """Look before anything else."""
+        self._items.appendleft(LOOK)
+
+    def take(self) -> bytes | None:
+        """The next item if it is a message that is here already, else None: a LOOK stays."""
+        return self._items.popleft() if self._items and self._items[0] is not LOOK else None
+
     async def get(self) -> bytes | None:
         """The next item. One caller at a time."""
         while not self._items:

@@ -122,6 +122,7 @@ class JournalReader:
         self._ready: deque[tuple[int, Frame]] = deque()
         self._num_taken = 0
         self._is_ended = False
+        self._divergence: StreamDiverged | None = None  # found ahead of the iteration
 
     @property
     def next_index(self) -> int:
@@ -151,10 +152,29 @@ class JournalReader:
         while self._is_stopped or not self._ready:
             if self._is_ended or self._is_stopped:
                 raise StopAsyncIteration
+            if self._divergence:
+                raise self._divergence
             item = await self._subscription.get()
             if item is None or not self._take_message(item):
                 await self._look()
         return self._ready.popleft()
+
+    def take_ready(self) -> tuple[int, Frame] | None:
+        """The next frame if it is here already; what is wrong with it is left to the iteration to tell."""
+        while not (self._ready or self._is_stopped or self._is_ended or self._divergence):
+            message = self._subscription.take()
+            if message is None:
+                return None
+            try:
+                is_taken = self._take_message(message)
+            except StreamDiverged as error:
+                self._divergence = error
+                return None
+            if not is_taken:
+                self._subscription.look_first()
+                return None
+        is_next = self._ready and not self._is_stopped and self._ready[0][1].failure is None
+        return self._ready.popleft() if is_next else None
 
     def _take_message(self, message: bytes) -> bool:
         """Take a published frame; False when it shows a gap."""

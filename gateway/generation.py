@@ -6,7 +6,7 @@ The stream is the primitive; an answer in one piece folds it, and `best_of` fold
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -102,6 +102,18 @@ class FrameStream:
         except Unavailable:
             self.is_held_up = True
             raise
+        return self._noted(item)
+
+    def with_ready(self, item: tuple[int, Frame]) -> Iterator[tuple[int, Frame]]:
+        """A frame that the iteration gave, and those behind it that are here already.
+
+        Sent together, they cost the less a frame the further this gateway is behind.
+        """
+        yield item
+        while not self.is_ended and (more := self._reader.take_ready()) is not None:
+            yield self._noted(more)
+
+    def _noted(self, item: tuple[int, Frame]) -> tuple[int, Frame]:
         frame = item[1]
         self._observe_time()
         self.num_tokens += len(frame.tokens)

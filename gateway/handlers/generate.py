@@ -158,10 +158,10 @@ async def _relay(
 ) -> None:
     """Earlier frames are formatted too, for the final text, but not written again."""
     first = last_event.index + 1 if last_event else 0
-    async for index, frame in frames:
-        data = format.events(index, frame)
-        if index >= first:
-            await events.write(data)
+    async for item in frames:
+        data = [(index, format.events(index, frame)) for index, frame in frames.with_ready(item)]
+        if text := b"".join(text for index, text in data if index >= first):
+            await events.write(text)
     if not frames.is_stopped:
         return
     if frames.on_leave is OnDisconnect.CANCEL:  # nobody can come back to it

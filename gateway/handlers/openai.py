@@ -210,11 +210,11 @@ async def _relay(
 ) -> None:
     """Earlier frames are formatted too, for what they leave behind, but not written again."""
     first = last_event.index + 1 if last_event else 0
-    async for frame_index, frame in frames:
+    async for item in frames:
         async with lock:
-            data = format.events(index, frame_index, frame)
-            if data and frame_index >= first:
-                await events.write(data)
+            data = [(n, format.events(index, n, frame)) for n, frame in frames.with_ready(item)]
+            if text := b"".join(text for n, text in data if n >= first):
+                await events.write(text)
 
 
 def _fingerprint(card: ModelCard) -> str:

@@ -35,6 +35,7 @@ from gateway.services import Services
 from gateway.settings import GatewaySettings
 from gateway.tokenization import TokenizerCache
 from gateway.watching import Watches
+from tests.openai_calls import TEMPLATE
 
 
 def byte_tokenizer() -> bytes:
@@ -155,12 +156,23 @@ class FakeReader:
     def __init__(self, frames: asyncio.Queue) -> None:
         self._frames = frames
         self._index = -1
+        self._held: list[Frame | Exception] = []  # for the iteration to tell
 
     def nothing_missed(self) -> None:
         pass
 
+    def take_ready(self) -> tuple[int, Frame] | None:
+        if self._held or self._frames.empty():
+            return None
+        item = self._frames.get_nowait()
+        if isinstance(item, Exception) or item.failure is not None:
+            self._held.append(item)
+            return None
+        self._index += 1
+        return self._index, item
+
     async def __anext__(self) -> tuple[int, Frame]:
-        item = await self._frames.get()
+        item = self._held.pop() if self._held else await self._frames.get()
         if isinstance(item, Exception):
             raise item
         self._index += 1
@@ -178,6 +190,14 @@ def frames_of_fixture() -> Callable[..., list[Frame]]:
 @pytest.fixture
 def fleet() -> FakeFleet:
     return FakeFleet()
+
+
+@pytest.fixture
+def chat_model(fleet: FakeFleet) -> None:
+    """The model has a chat template, an end of sequence, and room for conversations."""
+    fleet.registry.cards[CARD.model] = replace(
+        CARD, max_input_tokens=400, max_total_tokens=500, chat_template=TEMPLATE, eos_tokens=(255,)
+    )
 
 
 @pytest.fixture
