@@ -30,30 +30,37 @@ class ServedConfig(Protocol):
     eos_tokens: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """Sizes and switches of one decoder-only model, before it is divided among shards."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfig:
+    """Sizes of a model with a decoder, before it is divided among shards: what the engine needs to
+    know, and what the parts that families share are made of. A family adds its own."""
 
     architecture: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     max_positions: int
+    windows: tuple[int | None, ...]  # a layer each: how many newest positions it sees; None is all
+    dtype: str  # of the files, as the config names it; empty if it does not
+    eos_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig(DecoderConfig):
+    """Of the Llama family: its switches."""
+
+    intermediate_size: int
     norm_eps: float
     activation: str
     rope: RopeConfig
-    windows: tuple[int | None, ...]  # a layer each: how many newest positions it sees; None is all
     has_qkv_bias: bool = False
     has_output_bias: bool = False  # of the attention's output projection
     has_mlp_bias: bool = False
     has_qk_norm: bool = False
     is_head_tied: bool = False  # to the embedding; used when the files have no tensor for the head
-    dtype: str = ""  # of the files, as the config names it; empty if it does not
-    eos_tokens: tuple[int, ...] = ()
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
@@ -187,8 +194,26 @@ def required(hf: Mapping[str, Any], *names: str) -> Any:
     raise ConfigError(f"config.json has no {names[0]!r}, which this architecture needs")
 
 
-def head_size(hidden_size: int, num_heads: int) -> int:
-    """Features of a head. Raises ConfigError unless the heads divide the hidden size."""
+def multi_head_sizes(
+    hf: Mapping[str, Any], *, hidden_size: int, num_layers: int, num_heads: int
+) -> dict[str, Any]:
+    """What `DecoderConfig` asks for, but for `max_positions`, of a model whose heads divide the
+    hidden size, each with a key-value head and a view of everything. Raises ConfigError."""
+    return {
+        "architecture": required(hf, "architectures")[0],
+        "vocab_size": required(hf, "vocab_size"),
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": num_heads,
+        "head_dim": _head_size(hidden_size, num_heads),
+        "windows": (None,) * num_layers,
+        "dtype": file_dtype(hf),
+        "eos_tokens": token_list(hf.get("eos_token_id")),
+    }
+
+
+def _head_size(hidden_size: int, num_heads: int) -> int:
     if hidden_size % num_heads:
         raise ConfigError(
             "the hidden size must be divisible by the number of attention heads. "

@@ -18,77 +18,42 @@ import torch
 from torch import nn
 
 from worker.kernels.metadata import AttentionMetadata
-from worker.layers.attention import KvCache, PagedAttention
+from worker.layers.attention import KvCache
 from worker.layers.build import Build
-from worker.layers.embedding import LearnedPositions, VocabularyEmbedding, VocabularyHead
+from worker.layers.embedding import LearnedPositions
 from worker.layers.feed_forward import FeedForward
-from worker.layers.linear import QkvLinear, RowLinear
 from worker.layers.norm import LayerNorm
-from worker.models.config import ConfigError, file_dtype, head_size, required, token_list
+from worker.models.config import ConfigError, DecoderConfig, multi_head_sizes, required
+from worker.models.decoder import DecoderModel
+from worker.models.self_attention import SelfAttention
 from worker.weights.pieces import WeightNames, of_layers, of_modules
 
 
-@dataclass(frozen=True, slots=True)
-class Gpt2Config:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpt2Config(DecoderConfig):
     """Sizes and switches, before the model is divided among shards.
 
-    Not here: `reorder_and_upcast_attn`, which is how our attention always rounds.
+    Not here: `reorder_and_upcast_attn` and its like, which is how our attention always rounds.
     """
 
-    architecture: str
-    vocab_size: int
-    hidden_size: int
     intermediate_size: int
-    num_layers: int
-    num_heads: int
-    head_dim: int
-    max_positions: int
     norm_eps: float
     activation: str
     scales: tuple[float, ...]  # of the attention scores, a layer each
+    is_transposed: bool  # the files have a block's weights as [inputs, outputs]
     is_head_tied: bool
-    dtype: str
-    eos_tokens: tuple[int, ...]
-
-    @property
-    def num_kv_heads(self) -> int:
-        return self.num_heads
-
-    @property
-    def windows(self) -> tuple[None, ...]:
-        return (None,) * self.num_layers
 
 
-class Gpt2Model(nn.Module):
+class Gpt2Model(DecoderModel):
     """Decoder and head of one shard."""
 
     def __init__(self, config: Gpt2Config, build: Build) -> None:
-        super().__init__()
-        self.embedding = VocabularyEmbedding(config.vocab_size, config.hidden_size, build)
+        norm = LayerNorm(config.hidden_size, config.norm_eps, build)
+        super().__init__(config, build, block=Block, norm=norm)
         self.positions = LearnedPositions(config.max_positions, config.hidden_size, build)
-        self.layers = nn.ModuleList(
-            Block(config, index, build) for index in range(config.num_layers)
-        )
-        self.norm = LayerNorm(config.hidden_size, config.norm_eps, build)
-        self.head = VocabularyHead(config.hidden_size, config.vocab_size, build)
 
-    def forward(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        cache: KvCache,
-        metadata: AttentionMetadata,
-    ) -> torch.Tensor:
-        """Tokens and their positions, both `[T]`, to hidden states `[T, H]`; writes their keys and
-        values."""
-        x = self.embedding(tokens) + self.positions(positions)
-        for layer in self.layers:
-            x = layer(x, cache, metadata)
-        return self.norm(x)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states `[n, H]` to logits `[n, V]`."""
-        return self.head(hidden)
+    def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.embedding(tokens) + self.positions(positions)
 
     @staticmethod
     def read_config(hf: Mapping[str, Any]) -> Gpt2Config:
@@ -97,56 +62,31 @@ class Gpt2Model(nn.Module):
             raise ConfigError(
                 "`add_cross_attention` must be false: there is no encoder to attend to"
             )
-        hidden_size = required(hf, "n_embd", "hidden_size")
-        num_heads = required(hf, "n_head", "num_attention_heads")
-        num_layers = required(hf, "n_layer", "num_hidden_layers")
-        head_dim = head_size(hidden_size, num_heads)
-        scale = head_dim**-0.5 if hf.get("scale_attn_weights", True) else 1.0
+        sizes = multi_head_sizes(
+            hf,
+            hidden_size=required(hf, "n_embd", "hidden_size"),
+            num_layers=required(hf, "n_layer", "num_hidden_layers"),
+            num_heads=required(hf, "n_head", "num_attention_heads"),
+        )
+        scale = sizes["head_dim"] ** -0.5 if hf.get("scale_attn_weights", True) else 1.0
         is_falling = hf.get("scale_attn_by_inverse_layer_idx", False)
         return Gpt2Config(
-            architecture=required(hf, "architectures")[0],
-            vocab_size=required(hf, "vocab_size"),
-            hidden_size=hidden_size,
-            intermediate_size=hf.get("n_inner") or 4 * hidden_size,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            head_dim=head_dim,
+            **sizes,
             max_positions=required(hf, "n_positions", "max_position_embeddings"),
+            intermediate_size=hf.get("n_inner") or 4 * sizes["hidden_size"],
             norm_eps=hf.get("layer_norm_epsilon", 1e-5),
             activation=hf.get("activation_function", "gelu_new"),
             scales=tuple(
-                scale / (layer + 1) if is_falling else scale for layer in range(num_layers)
+                scale / (layer + 1) if is_falling else scale for layer in range(sizes["num_layers"])
             ),
+            is_transposed=True,
             is_head_tied=hf.get("tie_word_embeddings", True),
-            dtype=file_dtype(hf),
-            eos_tokens=token_list(hf.get("eos_token_id")),
         )
 
     @staticmethod
     def weight_names(config: Gpt2Config) -> WeightNames:
-        """Where each tensor of a checkpoint belongs."""
-        per_layer = of_modules(
-            {
-                "ln_1": "attention_norm",
-                "attn.c_attn": "attention.qkv:qkv",
-                "attn.c_proj": "attention.output",
-                "ln_2": "mlp_norm",
-                "mlp.c_fc": "mlp.up",
-                "mlp.c_proj": "mlp.down",
-            }
-        )
-        return WeightNames(
-            table={
-                "transformer.wte.weight": "embedding.weight",
-                "transformer.wpe.weight": "positions.weight",
-                **of_layers(per_layer, "transformer.h.", config.num_layers),
-                **of_modules({"transformer.ln_f": "norm"}),
-                "lm_head.weight": "head.weight",
-            },
-            aliases={"lm_head.weight": "transformer.wte.weight"} if config.is_head_tied else {},
-            ignored=(".attn.bias", ".attn.masked_bias"),  # masks
-            prefix="transformer.",
-        )
+        """Where each tensor of a checkpoint belongs; the table is at the end of this file."""
+        return gpt2_names(config, {"attn.c_attn": "attention.qkv:qkv"})
 
 
 class Block(nn.Module):
@@ -155,14 +95,20 @@ class Block(nn.Module):
     def __init__(self, config: Gpt2Config, index: int, build: Build) -> None:
         super().__init__()
         self.attention_norm = LayerNorm(config.hidden_size, config.norm_eps, build)
-        self.attention = Attention(config, index, build)
+        self.attention = SelfAttention(
+            config,
+            index,
+            build,
+            scale=config.scales[index],
+            is_transposed=config.is_transposed,
+        )
         self.mlp_norm = LayerNorm(config.hidden_size, config.norm_eps, build)
         self.mlp = FeedForward(
             config.hidden_size,
             config.intermediate_size,
             build,
             activation_name=config.activation,
-            is_transposed=True,
+            is_transposed=config.is_transposed,
         )
 
     def forward(self, x: torch.Tensor, cache: KvCache, metadata: AttentionMetadata) -> torch.Tensor:
@@ -170,27 +116,27 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class Attention(nn.Module):
-    """Multi-head attention."""
-
-    def __init__(self, config: Gpt2Config, index: int, build: Build) -> None:
-        super().__init__()
-        size = config.hidden_size
-        self.head_dim = config.head_dim
-        self.num_heads = build.shard.divide(config.num_heads, "the number of attention heads")
-        self.qkv = QkvLinear(
-            size,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_heads,
-            head_dim=config.head_dim,
-            build=build,
-            has_bias=True,
-            is_transposed=True,
-        )
-        self.paged = PagedAttention(index, scale=config.scales[index])
-        self.output = RowLinear(size, size, build, has_bias=True, is_transposed=True)
-
-    def forward(self, x: torch.Tensor, cache: KvCache, metadata: AttentionMetadata) -> torch.Tensor:
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [T, 3 h, d]: q, k, v
-        q, kv = heads.tensor_split((self.num_heads,), dim=1)
-        return self.output(self.paged(q, kv, cache, metadata))
+def gpt2_names(config: Gpt2Config, qkv: Mapping[str, str]) -> WeightNames:
+    """The names of GPT-2 and of what came of it; `qkv` are the modules for q, k and v of a layer."""
+    per_layer = of_modules(
+        {
+            "ln_1": "attention_norm",
+            **qkv,
+            "attn.c_proj": "attention.output",
+            "ln_2": "mlp_norm",
+            "mlp.c_fc": "mlp.up",
+            "mlp.c_proj": "mlp.down",
+        }
+    )
+    return WeightNames(
+        table={
+            "transformer.wte.weight": "embedding.weight",
+            "transformer.wpe.weight": "positions.weight",
+            **of_layers(per_layer, "transformer.h.", config.num_layers),
+            **of_modules({"transformer.ln_f": "norm"}),
+            "lm_head.weight": "head.weight",
+        },
+        aliases={"lm_head.weight": "transformer.wte.weight"} if config.is_head_tied else {},
+        ignored=(".attn.bias", ".attn.masked_bias"),  # masks
+        prefix="transformer.",
+    )

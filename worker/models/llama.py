@@ -26,48 +26,29 @@ from worker.kernels.sdpa import clear_entered
 from worker.layers.activations import activation, gated
 from worker.layers.attention import KvCache, PagedAttention
 from worker.layers.build import Build
-from worker.layers.embedding import VocabularyEmbedding, VocabularyHead
 from worker.layers.linear import MergedColumnLinear, QkvLinear, RowLinear, local_kv_heads
 from worker.layers.norm import RmsNorm
 from worker.layers.residual import added
 from worker.layers.rotary import RotaryEmbedding, Rotation
 from worker.models.config import ModelConfig
+from worker.models.decoder import DecoderModel
 from worker.weights.pieces import WeightNames
 
 
-class LlamaModel(nn.Module):
+class LlamaModel(DecoderModel):
     """Decoder and head of one shard."""
 
     def __init__(self, config: ModelConfig, build: Build) -> None:
-        super().__init__()
-        self.embedding = VocabularyEmbedding(config.vocab_size, config.hidden_size, build)
+        norm = RmsNorm(config.hidden_size, config.norm_eps, build)
+        super().__init__(config, build, block=Block, norm=norm)
         self.rotary = RotaryEmbedding(
             config.rope, config.head_dim, dtype=build.dtype, device=build.device
         )
-        self.layers = nn.ModuleList(
-            Block(config, index, build) for index in range(config.num_layers)
-        )
-        self.norm = RmsNorm(config.hidden_size, config.norm_eps, build)
-        self.head = VocabularyHead(config.hidden_size, config.vocab_size, build)
 
-    def forward(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        cache: KvCache,
-        metadata: AttentionMetadata,
-    ) -> torch.Tensor:
-        """Tokens and their positions, both `[T]`, to hidden states `[T, H]`; writes their keys and
-        values."""
-        x = self.embedding(tokens)
-        rotation = self.rotary(positions)
-        for layer in self.layers:
-            x = layer(x, rotation, cache, metadata)
-        return self.norm(x)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states `[n, H]` to logits `[n, V]`."""
-        return self.head(hidden)
+    def layer_inputs(
+        self, positions: torch.Tensor, cache: KvCache, metadata: AttentionMetadata
+    ) -> tuple[Rotation, KvCache, AttentionMetadata]:
+        return self.rotary(positions), cache, metadata
 
     @staticmethod
     def read_config(hf: Mapping[str, Any]) -> ModelConfig:

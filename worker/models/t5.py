@@ -25,12 +25,13 @@ from worker.kernels import sdpa
 from worker.kernels.bias import with_distance_bias
 from worker.kernels.metadata import AttentionMetadata, EncoderMetadata
 from worker.layers.activations import activation, gated
-from worker.layers.attention import CrossAttention, KvCache, PagedAttention
+from worker.layers.attention import CrossAttention, KvCache
 from worker.layers.bucketed_bias import BucketedBias
 from worker.layers.build import Build
 from worker.layers.embedding import VocabularyEmbedding, VocabularyHead
 from worker.layers.linear import ColumnLinear, MergedColumnLinear, QkvLinear, RowLinear
 from worker.layers.norm import RmsNorm
+from worker.models.self_attention import SelfAttention
 from worker.models.t5_config import T5Config
 from worker.weights.pieces import WeightNames
 
@@ -147,12 +148,13 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """As an encoder's block, with attention to the encoder's output between the two."""
+    """As an encoder's block, with attention to the encoder's output between the two. The metadata's
+    masks hold the bias."""
 
     def __init__(self, config: T5Config, index: int, build: Build) -> None:
         super().__init__()
         self.attention_norm = RmsNorm(config.hidden_size, config.norm_eps, build)
-        self.attention = DecoderAttention(config, index, build)
+        self.attention = SelfAttention(config, index, build, scale=_SCALE, has_bias=False)
         self.cross_attention_norm = RmsNorm(config.hidden_size, config.norm_eps, build)
         self.cross_attention = DecoderCrossAttention(config, index, build)
         self.mlp_norm = RmsNorm(config.hidden_size, config.norm_eps, build)
@@ -171,7 +173,13 @@ class EncoderAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.num_heads = build.shard.divide(config.num_heads, "the number of attention heads")
-        self.qkv = _qkv(config, build)
+        self.qkv = QkvLinear(
+            config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_heads,
+            head_dim=config.head_dim,
+            build=build,
+        )
         self.output = _output(config, build)
 
     def forward(
@@ -180,23 +188,6 @@ class EncoderAttention(nn.Module):
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [T, 3 h, d]
         q, kv = heads.tensor_split((self.num_heads,), dim=1)
         return self.output(sdpa.encoder_attention(q, kv, metadata, scale=_SCALE, bias=bias))
-
-
-class DecoderAttention(nn.Module):
-    """Attention to the decoder's earlier tokens. The metadata's masks hold the bias."""
-
-    def __init__(self, config: T5Config, index: int, build: Build) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.num_heads = build.shard.divide(config.num_heads, "the number of attention heads")
-        self.qkv = _qkv(config, build)
-        self.paged = PagedAttention(index, scale=_SCALE)
-        self.output = _output(config, build)
-
-    def forward(self, x: torch.Tensor, cache: KvCache, metadata: AttentionMetadata) -> torch.Tensor:
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [T, 3 h, d]
-        q, kv = heads.tensor_split((self.num_heads,), dim=1)
-        return self.output(self.paged(q, kv, cache, metadata))
 
 
 class DecoderCrossAttention(nn.Module):
@@ -247,16 +238,6 @@ def _bias(config: T5Config, build: Build, *, is_bidirectional: bool) -> Bucketed
         config.num_heads,
         build,
         is_bidirectional=is_bidirectional,
-    )
-
-
-def _qkv(config: T5Config, build: Build) -> QkvLinear:
-    return QkvLinear(
-        config.hidden_size,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_heads,
-        head_dim=config.head_dim,
-        build=build,
     )
 
 
