@@ -11,6 +11,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
 
 import httpx2
 
@@ -22,7 +23,10 @@ _RETRY_STATUSES = frozenset({502, 503, 504})
 
 
 class _Resumption:
-    """What both transports share: which gateway is next, with which headers, and for how long. No I/O."""
+    """What both transports share: the next request, what an answer means, and patience. No I/O.
+
+    The body of the client's request has been read before the first `next_request`.
+    """
 
     def __init__(
         self, urls: Sequence[httpx2.URL], request: httpx2.Request, patience_s: float
@@ -31,13 +35,13 @@ class _Resumption:
         self._request = request
         self._patience_s = patience_s
         self._turn = 0
-        self._num_failures = 0
+        self._num_failures = 0  # in a row
+        self._ends_at_s = 0.0
         self._last_event_id = ""
         self._splitter = EventSplitter()
         self._key = request.headers.get("idempotency-key") or uuid.uuid4().hex
-        self._renew()
 
-    def next_request(self, content: bytes) -> httpx2.Request:
+    def next_request(self) -> httpx2.Request:
         """The client's request, to the gateway whose turn it is."""
         request, gateway = self._request, self._urls[self._turn % len(self._urls)]
         url = request.url.copy_with(scheme=gateway.scheme, host=gateway.host, port=gateway.port)
@@ -49,38 +53,45 @@ class _Resumption:
             headers["last-event-id"] = self._last_event_id
         self._splitter = EventSplitter()  # half an event comes again
         return httpx2.Request(
-            request.method, url, headers=headers, content=content, extensions=request.extensions
+            request.method,
+            url,
+            headers=headers,
+            content=request.content,
+            extensions=request.extensions,
         )
 
-    def whole_events(self, chunk: bytes) -> tuple[bytes, bool]:
-        """The bytes that the client may see, and whether the gateway gives up after them."""
+    def is_resumable(self, response: httpx2.Response) -> bool:
+        """Whether the answer's body can go on at another gateway."""
+        return self._request.method == "POST" and _is_stream(response)
+
+    def whole_events(self, chunk: bytes) -> Iterator[bytes]:
+        """What the client may see of `chunk`. Raises RemoteProtocolError if the gateway gives up."""
         seen: list[Event] = []
+        gives_up = False
         for event in self._splitter.feed(chunk):
-            if event.invites_to_come_back:
-                return b"".join(event.raw for event in seen), True
+            if gives_up := event.invites_to_come_back:
+                break
             seen.append(event)
             self._last_event_id = event.id or self._last_event_id
+        if seen and not gives_up:
+            self._num_failures = 0
         if seen:
-            self._renew()
-        return b"".join(event.raw for event in seen), False
+            yield b"".join(event.raw for event in seen)
+        if gives_up:
+            raise httpx2.RemoteProtocolError("the gateway gave the stream up")
+
+    def pause_after_answer_s(self, response: httpx2.Response) -> float | None:
+        """How long to wait before the next attempt; None when this answer is the client's."""
+        return self.pause_s() if response.status_code in _RETRY_STATUSES else None
 
     def pause_s(self) -> float | None:
         """How long to wait before the next attempt; None when patience has ended."""
         self._turn += 1
         self._num_failures += 1
-        if time.monotonic() > self._ends_at_s:
-            return None
-        return 0.0 if self._num_failures == 1 else _PAUSE_S
-
-    def _renew(self) -> None:
-        self._num_failures = 0
-        self._ends_at_s = time.monotonic() + self._patience_s
-
-
-def _is_stream(response: httpx2.Response) -> bool:
-    return response.status_code == 200 and response.headers.get("content-type", "").startswith(
-        "text/event-stream"
-    )
+        if self._num_failures == 1:  # however long ago the client read: it may be slow
+            self._ends_at_s = time.monotonic() + self._patience_s
+            return 0.0
+        return None if time.monotonic() > self._ends_at_s else _PAUSE_S
 
 
 class ResumingTransport(httpx2.BaseTransport):
@@ -99,24 +110,22 @@ class ResumingTransport(httpx2.BaseTransport):
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         resumption = _Resumption(self._urls, request, self._patience_s)
-        response = self.send(resumption, request.read())
-        if request.method == "POST" and _is_stream(response):
-            stream = _SyncStream(self, resumption, request.read(), response)
-            return _with_stream(response, stream)
+        request.read()
+        response = self.send(resumption)
+        if resumption.is_resumable(response):
+            return _with_stream(response, _SyncStream(self, resumption, response))
         return response
 
-    def send(self, resumption: _Resumption, content: bytes) -> httpx2.Response:
+    def send(self, resumption: _Resumption) -> httpx2.Response:
         """The first answer that a gateway gives. Raises TransportError when patience ends."""
         while True:
             try:
-                response = self._inner.handle_request(resumption.next_request(content))
+                response = self._inner.handle_request(resumption.next_request())
             except _BROKEN:
                 if (pause_s := resumption.pause_s()) is None:
                     raise
             else:
-                if response.status_code not in _RETRY_STATUSES:
-                    return response
-                if (pause_s := resumption.pause_s()) is None:
+                if (pause_s := resumption.pause_after_answer_s(response)) is None:
                     return response
                 response.close()
             time.sleep(pause_s)
@@ -125,40 +134,29 @@ class ResumingTransport(httpx2.BaseTransport):
         self._inner.close()
 
 
+@dataclass(eq=False, slots=True)
 class _SyncStream(httpx2.SyncByteStream):
     """Whole events of one generation, over as many connections as it takes."""
 
-    def __init__(
-        self,
-        transport: ResumingTransport,
-        resumption: _Resumption,
-        content: bytes,
-        response: httpx2.Response,
-    ) -> None:
-        self._transport = transport
-        self._resumption = resumption
-        self._content = content
-        self._response = response
+    transport: ResumingTransport
+    resumption: _Resumption
+    response: httpx2.Response
 
     def __iter__(self) -> Iterator[bytes]:
         while True:
             try:
-                for chunk in self._response.stream:
-                    data, gives_up = self._resumption.whole_events(chunk)
-                    if data:
-                        yield data
-                    if gives_up:
-                        raise httpx2.RemoteProtocolError("the gateway gave the stream up")
+                for chunk in self.response.stream:
+                    yield from self.resumption.whole_events(chunk)
                 return
             except _BROKEN:
-                if self._resumption.pause_s() is None:
+                if self.resumption.pause_s() is None:
                     raise
-            self._response.close()
-            self._response = self._transport.send(self._resumption, self._content)
-            _check(self._response)
+            self.response.close()
+            self.response = self.transport.send(self.resumption)
+            _require_stream(self.response)
 
     def close(self) -> None:
-        self._response.close()
+        self.response.close()
 
 
 class AsyncResumingTransport(httpx2.AsyncBaseTransport):
@@ -177,25 +175,22 @@ class AsyncResumingTransport(httpx2.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         resumption = _Resumption(self._urls, request, self._patience_s)
-        content = await request.aread()
-        response = await self.send(resumption, content)
-        if request.method == "POST" and _is_stream(response):
-            return _with_stream(response, _AsyncStream(self, resumption, content, response))
+        await request.aread()
+        response = await self.send(resumption)
+        if resumption.is_resumable(response):
+            return _with_stream(response, _AsyncStream(self, resumption, response))
         return response
 
-    async def send(self, resumption: _Resumption, content: bytes) -> httpx2.Response:
-        """The first answer that a gateway gives. Raises TransportError when patience ends."""
+    async def send(self, resumption: _Resumption) -> httpx2.Response:
+        """As `ResumingTransport.send`."""
         while True:
             try:
-                request = resumption.next_request(content)
-                response = await self._inner.handle_async_request(request)
+                response = await self._inner.handle_async_request(resumption.next_request())
             except _BROKEN:
                 if (pause_s := resumption.pause_s()) is None:
                     raise
             else:
-                if response.status_code not in _RETRY_STATUSES:
-                    return response
-                if (pause_s := resumption.pause_s()) is None:
+                if (pause_s := resumption.pause_after_answer_s(response)) is None:
                     return response
                 await response.aclose()
             await asyncio.sleep(pause_s)
@@ -204,40 +199,30 @@ class AsyncResumingTransport(httpx2.AsyncBaseTransport):
         await self._inner.aclose()
 
 
+@dataclass(eq=False, slots=True)
 class _AsyncStream(httpx2.AsyncByteStream):
     """As `_SyncStream`."""
 
-    def __init__(
-        self,
-        transport: AsyncResumingTransport,
-        resumption: _Resumption,
-        content: bytes,
-        response: httpx2.Response,
-    ) -> None:
-        self._transport = transport
-        self._resumption = resumption
-        self._content = content
-        self._response = response
+    transport: AsyncResumingTransport
+    resumption: _Resumption
+    response: httpx2.Response
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while True:
             try:
-                async for chunk in self._response.stream:
-                    data, gives_up = self._resumption.whole_events(chunk)
-                    if data:
+                async for chunk in self.response.stream:
+                    for data in self.resumption.whole_events(chunk):
                         yield data
-                    if gives_up:
-                        raise httpx2.RemoteProtocolError("the gateway gave the stream up")
                 return
             except _BROKEN:
-                if self._resumption.pause_s() is None:
+                if self.resumption.pause_s() is None:
                     raise
-            await self._response.aclose()
-            self._response = await self._transport.send(self._resumption, self._content)
-            _check(self._response)
+            await self.response.aclose()
+            self.response = await self.transport.send(self.resumption)
+            _require_stream(self.response)
 
     async def aclose(self) -> None:
-        await self._response.aclose()
+        await self.response.aclose()
 
 
 def _with_stream(
@@ -252,7 +237,13 @@ def _with_stream(
     )
 
 
-def _check(response: httpx2.Response) -> None:
+def _is_stream(response: httpx2.Response) -> bool:
+    return response.status_code == 200 and response.headers.get("content-type", "").startswith(
+        "text/event-stream"
+    )
+
+
+def _require_stream(response: httpx2.Response) -> None:
     """A stream that was begun can only go on as a stream."""
     if not _is_stream(response):
         raise httpx2.RemoteProtocolError(

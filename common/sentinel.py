@@ -52,10 +52,10 @@ class SentinelSet:
         kind = SSLConnection if self.has_tls else Connection
         return {"username": self.username, "password": self.password, "connection_class": kind}
 
-    def client(self, **options: Any) -> Redis:
+    def client(self, kind: type[Redis], **options: Any) -> Redis:
         """A client of the primary, whichever server is that."""
         given = {"db": self.db, "username": self.username, "password": self.password}
-        return self._sentinel().master_for(self.service, ssl=self.has_tls, **given, **options)
+        return self._sentinel().master_for(self.service, kind, ssl=self.has_tls, **given, **options)
 
     async def primary(self) -> tuple[str, int]:
         """Where the primary is now. Raises redis-py's MasterNotFoundError, a ConnectionError."""

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 from aiohttp import web
 from pydantic import BaseModel
@@ -73,72 +74,70 @@ class Route:
         return re.sub(r":[^}]+}", "}", self.path)
 
 
+_PROMPT_ERRORS = (400, 401, 404, 408, 413, 415, 422, 503)
 _GENERATION_ERRORS = (400, 401, 404, 408, 409, 413, 415, 422, 424, 429, 503)
+_generating = partial(Route, "POST", tag=GENERATION, needs_key=True, errors=_GENERATION_ERRORS)
 
 
 def route_table() -> tuple[Route, ...]:
-    """Every route of a gateway."""
+    """Every route of a gateway, in the order of the API's description."""
     return (
-        Route(
-            "POST",
+        *_native(),
+        *_openai(),
+        *_platforms(),
+        *_tokens(),
+        *_requests(),
+        *_system(),
+        *_docs_page(),
+    )
+
+
+def _native() -> tuple[Route, ...]:
+    return (
+        _generating(
             "/generate",
             generate.generate,
-            GENERATION,
-            "Generate an answer",
+            summary="Generate an answer",
             body=GenerateBody,
             answer=GenerateAnswer,
-            needs_key=True,
-            errors=_GENERATION_ERRORS,
         ),
-        Route(
-            "POST",
+        _generating(
             "/generate_stream",
             generate.generate_stream,
-            GENERATION,
-            "Generate a stream of tokens",
+            summary="Generate a stream of tokens",
             body=GenerateBody,
             event=StreamEvent,
-            needs_key=True,
-            errors=_GENERATION_ERRORS,
         ),
-        Route(
-            "POST",
+        _generating(
             "/",
             generate.compat_generate,
-            GENERATION,
-            "Generate an answer, or a stream",
+            summary="Generate an answer, or a stream",
             body=CompatBody,
             answer=GenerateAnswer,
             event=StreamEvent,
             is_array=True,
-            needs_key=True,
-            errors=_GENERATION_ERRORS,
         ),
-        Route(
-            "POST",
+    )
+
+
+def _openai() -> tuple[Route, ...]:
+    generating = partial(_generating, tag=OPENAI, error=OpenAIErrorAnswer)
+    return (
+        generating(
             "/v1/completions",
             openai.completions,
-            OPENAI,
-            "Continue a prompt",
+            summary="Continue a prompt",
             body=CompletionBody,
             answer=CompletionAnswer,
             event=CompletionAnswer,
-            needs_key=True,
-            errors=_GENERATION_ERRORS,
-            error=OpenAIErrorAnswer,
         ),
-        Route(
-            "POST",
+        generating(
             "/v1/chat/completions",
             openai.chat_completions,
-            OPENAI,
-            "Answer a conversation",
+            summary="Answer a conversation",
             body=ChatBody,
             answer=ChatAnswer,
             event=ChatChunk,
-            needs_key=True,
-            errors=_GENERATION_ERRORS,
-            error=OpenAIErrorAnswer,
         ),
         Route(
             "GET",
@@ -150,103 +149,88 @@ def route_table() -> tuple[Route, ...]:
             errors=(404, 503),
             error=OpenAIErrorAnswer,
         ),
-        Route(
-            "POST",
+    )
+
+
+def _platforms() -> tuple[Route, ...]:
+    return (
+        _generating(
             "/invocations",
             platforms.invocations,
-            GENERATION,
-            "Generate, as SageMaker asks",
+            summary="Generate, as SageMaker asks",
             body=InvocationBody,
             answer=InvocationAnswer,
             event=InvocationEvent,
-            needs_key=True,
-            errors=_GENERATION_ERRORS,
         ),
-        Route(
-            "POST",
+        _generating(
             "/vertex",
             platforms.vertex,
-            GENERATION,
-            "Generate, as Vertex AI asks",
+            summary="Generate, as Vertex AI asks",
             body=VertexBody,
             answer=VertexAnswer,
-            needs_key=True,
-            errors=_GENERATION_ERRORS,
         ),
-        Route(
-            "POST",
+    )
+
+
+def _tokens() -> tuple[Route, ...]:
+    tokenizing = partial(Route, "POST", tag=TOKENS, needs_key=True, errors=_PROMPT_ERRORS)
+    return (
+        tokenizing(
             "/chat_tokenize",
             platforms.chat_tokenize,
-            TOKENS,
-            "Show the prompt of a conversation and its tokens",
+            summary="Show the prompt of a conversation and its tokens",
             body=ChatBody,
             answer=ChatTokens,
-            needs_key=True,
-            errors=(400, 401, 404, 408, 413, 415, 422, 503),
         ),
-        Route(
-            "POST",
+        tokenizing(
             "/tokenize",
             generate.tokenize,
-            TOKENS,
-            "Show the tokens of a prompt",
+            summary="Show the tokens of a prompt",
             body=GenerateBody,
             answer=TokenSpan,
             is_array=True,
-            needs_key=True,
-            errors=(400, 401, 404, 408, 413, 415, 422, 503),
         ),
-        Route(
-            "GET",
-            "/requests/{request_id}",
-            requests.status,
-            REQUESTS,
-            "What became of a request",
-            answer=RequestStateAnswer,
-            needs_key=True,
-            errors=(401, 404, 503),
-        ),
-        Route(
+    )
+
+
+def _requests() -> tuple[Route, ...]:
+    route = partial(Route, tag=REQUESTS, needs_key=True, errors=(401, 404, 503))
+    state = partial(route, path="/requests/{request_id}", answer=RequestStateAnswer)
+    return (
+        state("GET", handler=requests.status, summary="What became of a request"),
+        route(
             "GET",
             "/requests/{request_id}/stream",
             requests.stream,
-            REQUESTS,
-            "Read a stream again, or go on with it",
+            summary="Read a stream again, or go on with it",
             event=StreamEvent,
             no_content="`Last-Event-ID` is the last event",
-            needs_key=True,
             errors=(401, 404, 409, 422, 429, 503),
         ),
-        Route(
-            "DELETE",
-            "/requests/{request_id}",
-            requests.cancel,
-            REQUESTS,
-            "End a request",
-            answer=RequestStateAnswer,
-            needs_key=True,
-            errors=(401, 404, 503),
-        ),
-        Route(
-            "GET", "/v1/models", system.models, OPENAI, "Which models are served", answer=ModelList
-        ),
-        Route("GET", "/info", system.info, SYSTEM, "Limits, models and workers", answer=Info),
-        Route("GET", "/health", system.health, SYSTEM, "Can requests be served", errors=(503,)),
-        Route("GET", "/health/ready", system.health, SYSTEM, "Health, for probes", errors=(503,)),
-        Route("GET", "/health/live", system.live, SYSTEM, "Does this process run"),
-        Route(
-            "GET",
-            "/metrics",
-            system.metrics,
-            SYSTEM,
-            "Metrics as Prometheus text",
-            media="text/plain",
-        ),
-        Route("GET", "/openapi.json", docs.openapi, SYSTEM, "This description"),
-        Route("GET", "/api-doc/openapi.json", docs.openapi),
-        Route("GET", "/", system.health, SYSTEM, "Health, as TGI has it", errors=(503,)),
-        Route("GET", "/ping", system.health, SYSTEM, "Health, for SageMaker", errors=(503,)),
-        Route("GET", "/ready", system.health),
+        state("DELETE", handler=requests.cancel, summary="End a request"),
+    )
+
+
+def _system() -> tuple[Route, ...]:
+    get = partial(Route, "GET")
+    health = partial(get, handler=system.health, tag=SYSTEM, errors=(503,))
+    return (
+        get("/v1/models", system.models, OPENAI, "Which models are served", answer=ModelList),
+        get("/info", system.info, SYSTEM, "Limits, models and workers", answer=Info),
+        health("/health", summary="Can requests be served"),
+        health("/health/ready", summary="Health, for probes"),
+        get("/health/live", system.live, SYSTEM, "Does this process run"),
+        get("/metrics", system.metrics, SYSTEM, "Metrics as Prometheus text", media="text/plain"),
+        get("/openapi.json", docs.openapi, SYSTEM, "This description"),
+        get("/api-doc/openapi.json", docs.openapi),
+        health("/", summary="Health, as TGI has it"),
+        health("/ping", summary="Health, for SageMaker"),
+        get("/ready", system.health),
+    )
+
+
+def _docs_page() -> tuple[Route, ...]:
+    return (
         Route("GET", "/docs", docs.static_file("docs.html")),
         Route("GET", "/docs/docs.css", docs.static_file("docs.css")),
         Route("GET", "/docs/docs.js", docs.static_file("docs.js")),

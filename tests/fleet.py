@@ -162,9 +162,15 @@ async def stream(
     body = {"inputs": inputs, "parameters": parameters}
     async with session.post(f"{url}/generate_stream", json=body) as answer:
         assert answer.status == 200, await answer.text()
-        event_id = ""
-        async for line in answer.content:
-            if line.startswith(b"id:"):
-                event_id = line[3:].strip().decode()
-            elif line.startswith(b"data:"):
-                yield event_id, json.loads(line[5:])
+        async for event in events_in(answer):
+            yield event
+
+
+async def events_in(answer: aiohttp.ClientResponse) -> AsyncIterator[tuple[str, dict]]:
+    """`(id, event)` of a stream, as they come."""
+    event_id = ""
+    async for line in answer.content:
+        if line.startswith(b"id:"):
+            event_id = line[3:].strip().decode()
+        elif line.startswith(b"data:"):
+            yield event_id, json.loads(line[5:])

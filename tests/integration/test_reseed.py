@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 
 import aiohttp
 import pytest
@@ -23,23 +24,16 @@ TEXTS = [f"t{number}" for number in range(10)]
 
 
 @pytest.fixture
-async def long_deadline() -> AsyncIterator[None]:
-    async with asyncio.timeout(60):
-        yield
-
-
-@pytest.fixture
-async def fleet(redis_url: str) -> AsyncIterator[Fleet]:
-    fleet = Fleet(redis_url)
-    yield fleet
-    await fleet.stop()
-
-
-@pytest.fixture
 async def queue(redis: Redis, keys: ModelKeys) -> RequestQueue:
     queue = RequestQueue(redis, keys)
     await queue.create_group()
     return queue
+
+
+@pytest.fixture
+async def journal(redis: Redis, redis_url: str, keys: ModelKeys) -> AsyncIterator[TokenJournal]:
+    async with Subscriber(redis_url) as subscriber:
+        yield TokenJournal(redis, keys, subscriber)
 
 
 async def test_streams_survive_a_wiped_broker(fleet: Fleet, redis: Redis):
@@ -70,27 +64,19 @@ async def test_streams_survive_a_wiped_broker(fleet: Fleet, redis: Redis):
         assert events[-1][1]["generated_text"] == text
 
 
-async def test_waiting_request_is_queued_again(redis, redis_url, keys, queue: RequestQueue):
+async def test_waiting_request_is_queued_again(redis, keys, queue: RequestQueue, journal):
     request = a_request(on_disconnect=OnDisconnect.GRACE)
-    async with Subscriber(redis_url) as subscriber:
-        journal = TokenJournal(redis, keys, subscriber)
-
-        async def restore(frames) -> bool:
-            return await queue.restore(request, frames)
-
-        async with journal.open(request.id, restore=restore) as reader:
-            await queue.enqueue(request, max_waiting=1)
-            await redis.flushall()
-            reading = asyncio.create_task(anext(reader))
-            await queue.create_group()
-            [entry] = [found for _ in range(5) for found in await queue.wait("w1")]
-            [lease] = await queue.lease("w1", [entry])
-            assert lease.request == request and entry.queue == keys.resume_queue
-            frame = frames_of(request.id, TEXTS)[0]
-            await queue.append(
-                [Append(request.id, lease.token, lease.queue, 0, frame)], patience_s=1
-            )
-            assert await reading == (0, frame)
+    async with journal.open(request.id, restore=partial(queue.restore, request)) as reader:
+        await queue.enqueue(request, max_waiting=1)
+        await redis.flushall()
+        reading = asyncio.create_task(anext(reader))
+        await queue.create_group()
+        [entry] = [found for _ in range(5) for found in await queue.wait("w1")]
+        [lease] = await queue.lease("w1", [entry])
+        assert lease.request == request and entry.queue == keys.resume_queue
+        frame = frames_of(request.id, TEXTS)[0]
+        await queue.append([Append(request.id, lease.token, lease.queue, 0, frame)], patience_s=1)
+        assert await reading == (0, frame)
 
 
 async def test_lost_tail_is_given_back(redis: Redis, keys: ModelKeys, queue: RequestQueue):
@@ -131,24 +117,18 @@ async def test_seeded_journal_expires(redis, keys, queue: RequestQueue):
     assert await redis.pttl(keys.journal(request.id)) > 0
 
 
-async def test_message_of_another_past_is_an_error(redis, redis_url, keys, queue: RequestQueue):
+async def test_message_of_another_past_is_an_error(redis, keys, queue: RequestQueue, journal):
     request = a_request()
     frames = frames_of(request.id, TEXTS)
     await queue.enqueue(request, max_waiting=1)
     await redis.rpush(keys.journal(request.id), *(encode_frame(frame) for frame in frames[:3]))
     other = encode_frame(frames_of(request.id, ["x", *TEXTS])[1])
-    async with Subscriber(redis_url) as subscriber:
-        journal = TokenJournal(redis, keys, subscriber)
-
-        async def restore(frames) -> bool:
-            return await queue.restore(request, frames)
-
-        async with journal.open(request.id, restore=restore) as reader:
-            assert [(await anext(reader))[0] for _ in range(3)] == [0, 1, 2]
-            await redis.publish(keys.channel(request.id), b"1:" + encode_frame(frames[1]))
-            await redis.publish(keys.channel(request.id), b"1:" + other)
-            with pytest.raises(StreamDiverged):
-                await anext(reader)
+    async with journal.open(request.id, restore=partial(queue.restore, request)) as reader:
+        assert [(await anext(reader))[0] for _ in range(3)] == [0, 1, 2]
+        await redis.publish(keys.channel(request.id), b"1:" + encode_frame(frames[1]))
+        await redis.publish(keys.channel(request.id), b"1:" + other)
+        with pytest.raises(StreamDiverged):
+            await anext(reader)
 
 
 def test_place_of_the_chain_in_a_frame():

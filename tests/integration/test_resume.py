@@ -1,9 +1,7 @@
 """Clients that come back: to another gateway, with a key, by the request's id, or not at all."""
 
 import asyncio
-import json
 import signal
-from collections.abc import AsyncIterator
 
 import aiohttp
 import pytest
@@ -15,7 +13,7 @@ from common.messages import OnDisconnect, RequestState, Stopping
 from common.redis_keys import ModelKeys
 from common.request_queue import RequestQueue
 from common.request_store import RequestStore
-from tests.fleet import Fleet, place_of
+from tests.fleet import Fleet, events_in, place_of
 from tests.requests import a_request
 
 pytestmark = [pytest.mark.redis, pytest.mark.usefixtures("long_deadline")]
@@ -24,39 +22,17 @@ KEYS = ModelKeys("echo")
 TEXT = "The quick brown fox jumps over the lazy dog. "
 
 
-@pytest.fixture
-async def long_deadline() -> AsyncIterator[None]:
-    async with asyncio.timeout(80):
-        yield
-
-
-@pytest.fixture
-async def fleet(redis_url: str) -> AsyncIterator[Fleet]:
-    fleet = Fleet(redis_url)
-    yield fleet
-    await fleet.stop()
-
-
-@pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as session:
-        yield session
-
-
 def body_of(text: str = TEXT, **parameters) -> dict:
     return {"inputs": text, "parameters": {"max_new_tokens": 40, **parameters}}
 
 
 async def events_of(answer: aiohttp.ClientResponse, count: int | None = None) -> list:
     """`(id, data)` of a response, up to `count` of them."""
-    found, event_id = [], ""
-    async for line in answer.content:
-        if line.startswith(b"id:"):
-            event_id = line[3:].strip().decode()
-        elif line.startswith(b"data:"):
-            found.append((event_id, json.loads(line[5:])))
-            if len(found) == count:
-                break
+    found = []
+    async for event in events_in(answer):
+        found.append(event)
+        if len(found) == count:
+            break
     return found
 
 

@@ -47,19 +47,6 @@ async def session_deadline() -> AsyncIterator[None]:
         yield
 
 
-@pytest.fixture
-async def fleet(redis_url: str) -> AsyncIterator[Fleet]:
-    fleet = Fleet(redis_url)
-    yield fleet
-    await fleet.stop()
-
-
-@pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as session:
-        yield session
-
-
 async def start(fleet: Fleet, model: str) -> Process:
     options = ("--num-shard", "2", "--lease-s", "1.5", "--device", "cpu", "--dtype", "float32")
     return await fleet.worker(*options, model=model)
