@@ -26,5 +26,5 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 @pytest.fixture
 async def long_deadline() -> AsyncIterator[None]:
     """As `deadline`, for tests that start processes."""
-    async with asyncio.timeout(80):
+    async with asyncio.timeout(90):
         yield

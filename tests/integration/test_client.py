@@ -29,12 +29,6 @@ BODY = {"inputs": TEXT, "parameters": {"max_new_tokens": 40}}
 
 
 @pytest.fixture
-async def long_deadline() -> AsyncIterator[None]:
-    async with asyncio.timeout(80):
-        yield
-
-
-@pytest.fixture
 async def fleet(redis_url: str) -> AsyncIterator[Fleet]:
     fleet = Fleet(redis_url)
     await fleet.worker("--echo-delay-ms", "20")

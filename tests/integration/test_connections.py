@@ -18,13 +18,6 @@ READ_S = 0.8
 
 
 @pytest.fixture
-async def fleet(redis_url: str) -> AsyncIterator[Fleet]:
-    fleet = Fleet(redis_url)
-    yield fleet
-    await fleet.stop()
-
-
-@pytest.fixture
 async def url(fleet: Fleet) -> str:
     await fleet.worker()
     return await fleet.gateway("--read-timeout-s", str(READ_S), "--keep-alive-s", "0.1")

@@ -11,28 +11,9 @@ from common.redis_keys import ModelKeys
 from common.worker_registry import WorkerRegistry
 from tests.fleet import Fleet, generate, place_of, stream
 
-pytestmark = [pytest.mark.redis, pytest.mark.usefixtures("session_deadline")]
+pytestmark = [pytest.mark.redis, pytest.mark.usefixtures("long_deadline")]
 
 TEXT = "The quick brown fox jumps over the lazy dog. "
-
-
-@pytest.fixture
-async def session_deadline():
-    async with asyncio.timeout(90):
-        yield
-
-
-@pytest.fixture
-async def fleet(redis_url: str):
-    fleet = Fleet(redis_url)
-    yield fleet
-    await fleet.stop()
-
-
-@pytest.fixture
-async def session():
-    async with aiohttp.ClientSession() as session:
-        yield session
 
 
 async def test_both_routes_tell_the_same_text(fleet: Fleet, session: aiohttp.ClientSession):
