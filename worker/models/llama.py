@@ -76,10 +76,13 @@ class Block(nn.Module):
         """This block with less between its kernels, once the weights are there; None where it has
         parts that those kernels have not."""
         attention, mlp = self.attention, self.mlp
-        if attention.has_qk_norm or mlp.activation is not F.silu or attention.output.shard.size > 1:
+        if mlp.activation is not F.silu or attention.output.shard.size > 1:
             return None
+        norms = [self.attention_norm, self.mlp_norm]
+        if attention.has_qk_norm:
+            norms += attention.q_norm, attention.k_norm
         return gated_block(
-            [(norm.weight, norm.eps) for norm in (self.attention_norm, self.mlp_norm)],
+            [(norm.weight, norm.eps) for norm in norms],
             [part.product for part in (attention.qkv, attention.output, mlp.gate_up, mlp.down)],
             (attention.num_heads, attention.num_kv_heads, attention.head_dim),
         )

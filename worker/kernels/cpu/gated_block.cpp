@@ -34,7 +34,7 @@ struct Product {
 };
 
 struct Norm {
-    const bfloat16 *weight;
+    const bfloat16 *weight; // null: there is none
     double eps;
 
     void operator()(bfloat16 *out, const bfloat16 *x, int64_t num_rows, int64_t size,
@@ -47,7 +47,7 @@ struct Norm {
 
 // As `GatedBlock` in gated_block.py lays it out.
 struct Block {
-    Norm attention_norm, mlp_norm;
+    Norm attention_norm, mlp_norm, q_norm, k_norm; // the last two of each head
     Product qkv, output, gate_up, down;
     int64_t num_heads, num_kv_heads, head_dim;
 };
@@ -62,6 +62,11 @@ extern "C" void block_before_attention(const Block *block, bfloat16 *heads, cons
     const int64_t stride = block->qkv.num_outputs, size = 2 * block->num_kv_heads * dim;
     block->attention_norm(scratch, x, num_rows, block->qkv.num_inputs, num_threads);
     block->qkv(heads, scratch, num_rows, num_threads);
+    for (int64_t t = 0; block->q_norm.weight && t < num_rows; t++) {
+        bfloat16 *queries = heads + t * stride, *keys = queries + block->num_heads * dim;
+        block->q_norm(queries, queries, block->num_heads, dim, num_threads);
+        block->k_norm(keys, keys, block->num_kv_heads, dim, num_threads);
+    }
     rotate_bfloat16(heads, cos, sin, num_rows, num_rotated, dim, stride, dim, num_threads);
     for (int64_t t = 0; t < num_rows; t++)
         memcpy(cache + cache_rows[t] * size, heads + t * stride + block->num_heads * dim,

@@ -8,6 +8,8 @@ import torch
 from worker.kernels.cpu.library import LANES, cpu_library, kernel_function
 from worker.kernels.cpu.products import PackedProduct
 
+WeightAndEps = tuple[torch.Tensor, float]
+
 
 class _Norm(ctypes.Structure):
     _fields_ = (("weight", ctypes.c_void_p), ("eps", ctypes.c_double))
@@ -22,7 +24,7 @@ class _Product(ctypes.Structure):
 
 class _Block(ctypes.Structure):
     _fields_ = (
-        *(("attention_norm", _Norm), ("mlp_norm", _Norm)),
+        *(("attention_norm", _Norm), ("mlp_norm", _Norm), ("q_norm", _Norm), ("k_norm", _Norm)),
         *(("qkv", _Product), ("output", _Product), ("gate_up", _Product), ("down", _Product)),
         *(("num_heads", ctypes.c_int64), ("num_kv_heads", ctypes.c_int64)),
         ("head_dim", ctypes.c_int64),
@@ -35,12 +37,11 @@ class GatedBlock:
     def __init__(
         self,
         library: ctypes.CDLL,
-        norms: Sequence[tuple[torch.Tensor, float]],
+        norms: Sequence[WeightAndEps],
         products: Sequence[PackedProduct],
         heads: tuple[int, int, int],
     ) -> None:
-        """`norms`: weight and eps of both; `products`: qkv, output, gate_up, down; `heads`: query
-        heads, key-value heads, features of each."""
+        """See `gated_block`."""
         self._before = kernel_function(library, "block_before_attention", "ppppppppi")
         self._after = kernel_function(library, "block_after_attention", "pppppi")
         self._kept = tuple(weight for weight, _ in norms), tuple(products)  # what it points to
@@ -49,6 +50,7 @@ class GatedBlock:
         self._num_scratch = 2 * self._hidden + 3 * products[3].num_inputs
         self._block = _Block(
             *(_Norm(weight.data_ptr(), eps) for weight, eps in norms),
+            *((_Norm(),) * (4 - len(norms))),
             *(_Product(p.pointer, p.bias_pointer, p.num_outputs, p.num_inputs) for p in products),
             *heads,
         )
@@ -86,11 +88,18 @@ class GatedBlock:
 
 
 def gated_block(
-    norms: Sequence[tuple[torch.Tensor, float]],
+    norms: Sequence[WeightAndEps],
     products: Sequence[object],
     heads: tuple[int, int, int],
 ) -> GatedBlock | None:
-    """See `GatedBlock.__init__`; None where a part of the block has no such kernel."""
+    """A block on kernels, or None where a part of it has no such kernel.
+
+    Args:
+        norms: before the attention and before the MLP; then, where there are such, of each query
+            head and of each key head.
+        products: queries with keys and values, output, gate with up, down.
+        heads: query heads, key-value heads, features of each.
+    """
     library = cpu_library()
     is_ours = (
         library is not None
