@@ -291,8 +291,10 @@ class World:
                     if expects:
                         await reader.catch_up()
                     await queue.enqueue(request, max_waiting=1000)
-                    async for index, frame in reader:
-                        stream.frames.append((index, frame))
+                    async for item in reader:
+                        while item is not None:
+                            stream.frames.append(item)
+                            item = reader.take_ready()
                         if leaves_after is not None and len(stream.frames) > leaves_after:
                             await queue.cancel(request.id)
                             stream.is_left = True
