@@ -115,7 +115,7 @@ def packed_product(
     """Our product with a weight `[N, K]`, or None where it is not made for.
 
     Measured on Zen 4 against oneDNN's prepacked product: 1.3 to 2 times as fast with 1 to 8 rows,
-    1.1 to 1.4 times with 32, the same with 128 and more. With AMX oneDNN is the faster one.
+    1.1 to 1.3 times with 32, the same with 128 and more. With AMX oneDNN is the faster one.
     """
     is_ours = (
         weight.device.type == "cpu"
