@@ -8,8 +8,8 @@ import transformers
 
 from tests.checkpoints import VOCAB_SIZE, Driven
 from tests.parity import Checkpoint, a_sequence
+from worker.kernels.cpu import products
 from worker.kernels.cpu.gated_block import GatedBlock
-from worker.kernels.cpu.products import PackedProduct, packed_product
 from worker.models.llama import Block
 
 SIZES = dict(
@@ -31,9 +31,16 @@ MODELS = {
     "window": transformers.MistralConfig(**SIZES, sliding_window=11),
     "norms of heads": transformers.Qwen3Config(**SIZES),
 }
-HAS_PRODUCTS = isinstance(packed_product(torch.ones(2, 2).bfloat16(), None), PackedProduct)
 
-pytestmark = pytest.mark.skipif(not HAS_PRODUCTS, reason="needs AVX512-BF16, and no AMX")
+pytestmark = pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported(), reason="needs a processor with AVX512-BF16"
+)
+
+
+@pytest.fixture(autouse=True)
+def products_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where AMX is, and oneDNN's products would be chosen."""
+    monkeypatch.setattr(products, "_is_ours", lambda: True)
 
 
 @pytest.fixture(scope="module", params=MODELS)
