@@ -9,9 +9,7 @@ from typing import TypeVar
 
 import msgspec
 
-from common.messages import Failure, Finish, Frame, Token, TopToken
-
-SCHEMA_VERSION = 1
+from common.messages import SCHEMA_VERSION, Frame
 
 Message = TypeVar("Message")
 
@@ -36,33 +34,18 @@ def decode(cls: type[Message], data: bytes) -> Message:
     raise DecodeError(f"schema version {version}, this process reads {SCHEMA_VERSION}")
 
 
-class _FrameOnWire(msgspec.Struct, frozen=True, array_like=True, tag=SCHEMA_VERSION):
-    """A frame as `[version, chain, ...]`: the chain hash is bytes 5 to 12, which `reseed.lua` compares."""
-
-    chain: bytes
-    tokens: tuple[Token, ...]
-    prompt: tuple[TopToken, ...] = ()
-    finish: Finish | None = None
-    failure: Failure | None = None
-
-
-_encode_frame = msgspec.msgpack.Encoder().encode
-_decode_frame = msgspec.msgpack.Decoder(_FrameOnWire).decode
-
-
-def encode_frame(frame: Frame) -> bytes:
-    """A frame as msgpack: `[version, chain, tokens, prompt, finish, failure]`."""
-    wire = _FrameOnWire(frame.chain, frame.tokens, frame.prompt, frame.finish, frame.failure)
-    return _encode_frame(wire)
+# A frame is `[version, chain, tokens, prompt, finish, failure]`. The chain hash is bytes 5 to 12, which `reseed.lua`
+# compares.
+encode_frame = msgspec.msgpack.Encoder().encode
+_decode_frame = msgspec.msgpack.Decoder(Frame).decode
 
 
 def decode_frame(data: bytes) -> Frame:
     """The frame in `data`. Raises DecodeError."""
     try:
-        wire = _decode_frame(data)
+        return _decode_frame(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DecodeError(f"not a frame: {error}") from error
-    return Frame(wire.tokens, wire.chain, wire.prompt, wire.finish, wire.failure)
 
 
 @functools.cache

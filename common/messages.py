@@ -11,6 +11,8 @@ from enum import StrEnum
 
 import msgspec
 
+SCHEMA_VERSION = 1  # of all messages; it is the first thing on the wire
+
 
 class FinishReason(StrEnum):
     """Why a generation ended well. The values are TGI's, and no other value may reach a client."""
@@ -159,16 +161,16 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
     message: str
 
 
-class Frame(msgspec.Struct, frozen=True):
+class Frame(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag=SCHEMA_VERSION):
     """One element of a request's journal, and one event of its stream: its index in the journal is the event's id.
 
-    Exactly one frame of a journal is terminal, and it is the last.
+    Exactly one frame of a journal is terminal, and it is the last. The order of the fields is that on the wire.
     """
 
-    tokens: tuple[Token, ...] = ()
     chain: bytes = (
         b""  # see `next_chain`; empty in frames that a script wrote (cancelled, deadline)
     )
+    tokens: tuple[Token, ...] = ()
     prompt: tuple[
         TopToken, ...
     ] = ()  # only in the first frame, only when prompt log-probabilities were asked for

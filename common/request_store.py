@@ -4,7 +4,7 @@ The queue moves requests; this file answers questions about them. A gateway that
 the request's set of watchers; the set expires when every gateway that did so is gone.
 """
 
-from collections.abc import AsyncIterator, Container, Iterable
+from collections.abc import AsyncIterator, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,18 +95,16 @@ class RequestStore:
         names = [self._keys.request(request_id), self._keys.journal(request_id)]
         return bool(await self._scripts.run("forget", names, []))
 
-    async def watch(self, watchers: Iterable[tuple[str, str]]) -> None:
+    async def watch(self, watchers: Sequence[tuple[str, str]]) -> None:
         """Note for each (request id, watcher) that the watcher reads the stream, for `WATCH_TTL_S` from now on.
 
-        PEXPIRE comes first: it works even when the broker is full.
+        Raises Unavailable.
         """
-        async with self._redis.pipeline(transaction=False) as pipeline:
-            for request_id, watcher in watchers:
-                key = self._keys.watchers(request_id)
-                pipeline.pexpire(key, int(WATCH_TTL_S * 1000))
-                pipeline.sadd(key, watcher)
-                pipeline.pexpire(key, int(WATCH_TTL_S * 1000))
-            await pipeline.execute(raise_on_error=False)
+        ttl_ms = int(WATCH_TTL_S * 1000)
+        for start in range(0, len(watchers), _ENTRIES_PER_LOOK):
+            rows = watchers[start : start + _ENTRIES_PER_LOOK]
+            keys = [self._keys.watchers(request_id) for request_id, _ in rows]
+            await self._scripts.run("watch", keys, [ttl_ms, *(watcher for _, watcher in rows)])
 
     async def unwatch(self, request_id: str, watcher: str) -> int:
         """Take a watcher back; the number of those that are left."""

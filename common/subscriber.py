@@ -10,6 +10,7 @@ import logging
 import random
 import ssl
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Self
 
 import hiredis
@@ -33,21 +34,33 @@ LOOK = None  # an item of a subscription: messages may have been missed, look at
 class Subscription:
     """Messages of one channel. Items are bytes, or LOOK."""
 
-    __slots__ = ("_items", "_waiter", "channel", "is_idle")
+    __slots__ = ("_items", "_waiter", "channel", "is_idle", "on_items")
 
     def __init__(self, channel: bytes) -> None:
         self.channel = channel
         self.is_idle = False  # no item since the last tick
+        # Called while somebody waits in `get`; may take what came, and says whether the wait must end all the same.
+        self.on_items: Callable[[], bool] | None = None
         self._items: deque[bytes | None] = deque()
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, item: bytes | None) -> None:
+        self.add(item)
+        self.wake()
+
+    def add(self, item: bytes | None) -> None:
+        """An item without `wake`, which is called once for all that came together."""
         self.is_idle = False
         if len(self._items) >= _MAX_WAITING:
             self._items.clear()
             item = LOOK
         self._items.append(item)
-        if self._waiter is not None and not self._waiter.done():
+
+    def wake(self) -> None:
+        """End the wait in `get`, unless `on_items` took all."""
+        if self._waiter is None or self._waiter.done():
+            return
+        if self.on_items is None or self.on_items() or self._items:
             self._waiter.set_result(None)
 
     def drop_looks(self) -> None:
@@ -63,14 +76,14 @@ class Subscription:
         return self._items.popleft() if self._items and self._items[0] is not LOOK else None
 
     async def get(self) -> bytes | None:
-        """The next item. One caller at a time."""
-        while not self._items:
+        """The next item, or LOOK when `on_items` ended the wait. One caller at a time."""
+        if not self._items:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
-        return self._items.popleft()
+        return self._items.popleft() if self._items else LOOK
 
 
 class Subscriber:
@@ -80,6 +93,8 @@ class Subscriber:
         self._sentinels = SentinelSet.parse(url)
         self._address = self._sentinels.login if self._sentinels else parse_url(url)
         self._subscriptions: dict[bytes, list[Subscription]] = {}
+        self._left: list[bytes] = []  # channels that the broker still sends us
+        self._told: dict[Subscription, None] = {}  # by what was read last
         self._connection: _Connection | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -107,7 +122,7 @@ class Subscriber:
         listeners.append(subscription)
         if self._connection:
             # also for a second listener: the broker's confirmation is what tells it to look
-            self._connection.send(b"SUBSCRIBE", subscription.channel)
+            self._send((b"SUBSCRIBE", subscription.channel))
         return subscription
 
     def unsubscribe(self, subscription: Subscription) -> None:
@@ -115,8 +130,14 @@ class Subscriber:
         listeners.remove(subscription)
         if not listeners:
             del self._subscriptions[subscription.channel]
-            if self._connection:
-                self._connection.send(b"UNSUBSCRIBE", subscription.channel)
+            self._left.append(subscription.channel)
+
+    def _send(self, *commands: tuple[bytes, ...]) -> None:
+        """Commands, and with them what nobody listens to any more: there is no hurry to tell."""
+        assert self._connection is not None
+        gone = [channel for channel in self._left if channel not in self._subscriptions]
+        self._left.clear()
+        self._connection.send(*((b"UNSUBSCRIBE", *gone),) if gone else (), *commands)
 
     async def _run(self) -> None:
         """Keep a connection; after each connect subscribe to everything again."""
@@ -139,15 +160,16 @@ class Subscriber:
                 connection.abort()
 
     async def _attend(self, connection: "_Connection") -> None:
+        self._left.clear()
         self._log_in(connection)
         channels = list(self._subscriptions)
         for start in range(0, len(channels), _CHANNELS_PER_COMMAND):
-            connection.send(b"SUBSCRIBE", *channels[start : start + _CHANNELS_PER_COMMAND])
+            connection.send((b"SUBSCRIBE", *channels[start : start + _CHANNELS_PER_COMMAND]))
         while not await connection.is_lost_within(_TICK_S):
             self._tick()
             if connection.silence_s > _SILENCE_S:
                 return
-            connection.send(b"PING")
+            self._send((b"PING",))
 
     def _tick(self) -> None:
         """Make listeners that heard nothing look at the journal: heals a lost last message."""
@@ -161,14 +183,14 @@ class Subscriber:
         password = self._address.get("password")
         if password:
             user = self._address.get("username") or "default"
-            connection.send(b"AUTH", user.encode(), password.encode())
+            connection.send((b"AUTH", user.encode(), password.encode()))
 
     async def _connect(self) -> "_Connection":
         loop, address = asyncio.get_running_loop(), self._address
         kind = address.get("connection_class")
 
         def protocol() -> _Connection:
-            return _Connection(self._deliver)
+            return _Connection(self._deliver, self._wake)
 
         async with asyncio.timeout(_CONNECT_TIMEOUT_S):
             if kind is UnixDomainSocketConnection:
@@ -187,18 +209,28 @@ class Subscriber:
                 logger.error("the broker refused the pub/sub connection: %s", reply)
             return
         kind, channel, payload = reply
-        for subscription in self._subscriptions.get(channel, ()):
-            if kind == b"message":
-                subscription.put(payload)
-            elif kind == b"subscribe":
+        listeners = self._subscriptions.get(channel, ())
+        if kind == b"message":
+            for subscription in listeners:
+                subscription.add(payload)
+                self._told[subscription] = None
+        elif kind == b"subscribe":
+            for subscription in listeners:
                 subscription.put(LOOK)
+
+    def _wake(self) -> None:
+        """Let go those who were told something, in the order in which they were told first."""
+        told, self._told = self._told, {}
+        for subscription in told:
+            subscription.wake()
 
 
 class _Connection(asyncio.Protocol):
-    """The wire: RESP2 commands out, replies to a callback."""
+    """The wire: RESP2 commands out, replies to `deliver`, and `on_read` after those that came together."""
 
-    def __init__(self, deliver: Any) -> None:
+    def __init__(self, deliver: Callable[[Any], None], on_read: Callable[[], None]) -> None:
         self._deliver = deliver
+        self._on_read = on_read
         self._reader = hiredis.Reader()
         self._loop = asyncio.get_running_loop()
         self._lost: asyncio.Future[None] = self._loop.create_future()
@@ -209,13 +241,12 @@ class _Connection(asyncio.Protocol):
     def silence_s(self) -> float:
         return self._loop.time() - self._heard_at
 
-    def send(self, *parts: bytes) -> None:
+    def send(self, *commands: tuple[bytes, ...]) -> None:
         assert self._transport is not None
         if self._transport.is_closing():  # the next connection subscribes to everything anew
             return
-        body = b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
         try:
-            self._transport.write(b"*%d\r\n%s" % (len(parts), body))
+            self._transport.write(b"".join(map(hiredis.pack_command, commands)))
         except RuntimeError:  # uvloop's word for a connection whose end it has not told yet
             self.connection_lost(None)
 
@@ -239,3 +270,4 @@ class _Connection(asyncio.Protocol):
         self._reader.feed(data)
         while (reply := self._reader.gets()) is not False:
             self._deliver(reply)
+        self._on_read()

@@ -122,7 +122,8 @@ class JournalReader:
         self._ready: deque[tuple[int, Frame]] = deque()
         self._num_taken = 0
         self._is_ended = False
-        self._divergence: StreamDiverged | None = None  # found ahead of the iteration
+        self._error: Exception | None = None  # met ahead of the iteration
+        self._sink: Callable[[], None] | None = None
 
     @property
     def next_index(self) -> int:
@@ -141,6 +142,23 @@ class JournalReader:
         """
         self._subscription.drop_looks()
 
+    def listen(self, sink: Callable[[], None]) -> None:
+        """Call `sink` when frames come while the iteration waits: what it takes by `take_ready` wakes no task.
+
+        The iteration raises what `sink` raises.
+        """
+        self._sink = sink
+        self._subscription.on_items = self._offer
+
+    def _offer(self) -> bool:
+        """Let the sink have what came; whether the iteration must go on."""
+        assert self._sink is not None
+        try:
+            self._sink()
+        except Exception as error:  # noqa: BLE001 - the iteration raises it
+            self._error = error
+        return self._is_ended or self._error is not None or bool(self._ready)
+
     async def catch_up(self) -> None:
         """Take what the journal holds now. Raises StreamDiverged and Unavailable."""
         await self._look()
@@ -150,25 +168,29 @@ class JournalReader:
 
     async def __anext__(self) -> tuple[int, Frame]:
         while self._is_stopped or not self._ready:
-            if self._is_ended or self._is_stopped:
+            if self._is_stopped:
                 raise StopAsyncIteration
-            if self._divergence:
-                raise self._divergence
+            if self._error:
+                raise self._error
+            if self._is_ended:
+                raise StopAsyncIteration
             item = await self._subscription.get()
-            if item is None or not self._take_message(item):
+            if self._is_ended or self._error:
+                continue
+            if item is LOOK or not self._take_message(item):
                 await self._look()
         return self._ready.popleft()
 
     def take_ready(self) -> tuple[int, Frame] | None:
         """The next frame if it is here already; what is wrong with it is left to the iteration to tell."""
-        while not (self._ready or self._is_stopped or self._is_ended or self._divergence):
+        while not (self._ready or self._is_stopped or self._is_ended or self._error):
             message = self._subscription.take()
             if message is None:
                 return None
             try:
                 is_taken = self._take_message(message)
             except StreamDiverged as error:
-                self._divergence = error
+                self._error = error
                 return None
             if not is_taken:
                 self._subscription.look_first()

@@ -32,8 +32,10 @@ resumption.py       what a client says of coming back
 presentation.py     how an answer is shown to who comes back
 request_finder.py   a request by its id alone
 native_format.py    frames to TGI's JSON
+relay.py            frames to events, at once or when the client has read
 sse.py              a response of server-sent events
 metrics.py          every metric of this process
+latency_histogram.py  one of them, observed with every token
 fleet_metrics.py    gauges of queues and workers
 exposition.py       /metrics, summed over the processes of a port
 openai_validation.py  the same as validation.py, for OpenAI's bodies

@@ -104,14 +104,14 @@ class FrameStream:
             raise
         return self._noted(item)
 
-    def with_ready(self, item: tuple[int, Frame]) -> Iterator[tuple[int, Frame]]:
-        """A frame that the iteration gave, and those behind it that are here already.
+    def listen(self, sink: Callable[[], None]) -> None:
+        """Call `sink` when frames come while the iteration waits: those it takes by `ready` cost no task switch."""
+        self._reader.listen(sink)
 
-        Sent together, they cost the less a frame the further this gateway is behind.
-        """
-        yield item
-        while not self.is_ended and (more := self._reader.take_ready()) is not None:
-            yield self._noted(more)
+    def ready(self) -> Iterator[tuple[int, Frame]]:
+        """The frames that are here already. Sent together, they cost the less the further this gateway is behind."""
+        while not self.is_ended and (item := self._reader.take_ready()) is not None:
+            yield self._noted(item)
 
     def _noted(self, item: tuple[int, Frame]) -> tuple[int, Frame]:
         frame = item[1]

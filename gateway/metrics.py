@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from common.errors import FleetError
 from common.messages import Finish, GenerationRequest
+from gateway.latency_histogram import LatencyHistogram
 
 DURATION_BUCKETS = tuple(0.0001 * 1.5**step for step in range(1, 36))  # TGI's: 150 us to 146 s
 LATENCY_BUCKETS = (
@@ -54,8 +55,11 @@ class GatewayMetrics:
         self.time_to_first_token = self._latency(
             "tokenfleet_time_to_first_token_seconds", "From the queue to the first token"
         )
-        self.inter_token_latency = self._latency(
-            "tokenfleet_inter_token_latency_seconds", "Between two frames of a stream"
+        self.inter_token_latency = LatencyHistogram(
+            "tokenfleet_inter_token_latency_seconds",
+            "Between two frames of a stream, in seconds",
+            registry=self.registry,
+            bounds=LATENCY_BUCKETS,
         )
         self.queue_wait = self._latency(
             "tokenfleet_queue_wait_seconds", "From the queue to a worker, by the broker's clock"

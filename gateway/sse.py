@@ -4,7 +4,7 @@ import asyncio
 from contextlib import suppress
 from typing import Self
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 COMMENT = b":\n\n"
 WAIT = b": wait\n\n"
@@ -29,9 +29,12 @@ class EventStream:
     ) -> None:
         self.response = web.StreamResponse(headers={**HEADERS, **(headers or {})})
         self._request = request
+        self._protocol = request.protocol
+        self._is_chunked = request.version >= HttpVersion11  # as aiohttp decides
         self._keep_alive_s = keep_alive_s
         self._loop = asyncio.get_running_loop()
         self._written_at = self._loop.time()
+        self.turn = asyncio.Lock()  # of who formats and writes, where several feed one response
         self._is_writing = False
         self._is_cut = False
         self._timer: asyncio.TimerHandle | None = None
@@ -58,6 +61,21 @@ class EventStream:
             await self.response.write(data)
         finally:
             self._is_writing = False
+
+    @property
+    def can_send(self) -> bool:
+        """Whether the client reads as fast as its model writes."""
+        transport = self._protocol.transport
+        is_open = transport is not None and not transport.is_closing()
+        return is_open and not (self._is_writing or self._protocol.writing_paused)
+
+    def send(self, data: bytes) -> None:
+        """`write` at once, while `can_send`: half of what aiohttp's writer costs an event."""
+        self._written_at = self._loop.time()
+        if self._is_chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        assert self._protocol.transport is not None
+        self._protocol.transport.write(data)
 
     async def say_wait(self) -> None:
         """Tell that there is nothing to tell: the broker does not answer. Raises ConnectionError."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from redis.exceptions import RedisError
 
+from common.errors import Unavailable
 from common.request_queue import WATCH_TTL_S
 from common.request_store import RequestStore
 
@@ -69,5 +70,5 @@ class Watches:
         for model, rows in by_model.items():
             try:
                 await self._open_store(model).watch(rows)
-            except (RedisError, OSError, TimeoutError) as error:
+            except (Unavailable, RedisError) as error:
                 logger.warning("could not note open streams, they are noted later: %s", error)

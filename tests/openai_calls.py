@@ -21,7 +21,9 @@ def tells(fleet, *tokens: Token, reason=FinishReason.EOS_TOKEN, prompt=()) -> No
             chain = next_chain(chain, (token,))
             is_last = number == len(tokens) - 1
             finish = Finish(reason, len(tokens), cached_tokens=2) if is_last else None
-            frames.append(Frame((token,), chain, () if number else prompt, finish=finish))
+            frames.append(
+                Frame(tokens=(token,), chain=chain, prompt=() if number else prompt, finish=finish)
+            )
         return frames
 
     fleet.answer = answer

@@ -163,7 +163,7 @@ def run_scheduled(
             one.logprobs.append(sampled.logprob)
             finish = Finish(FinishReason.LENGTH, num_tokens) if one.is_done else None
             token = Token(sampled.token, "", sampled.logprob)
-            outputs.append(Told(sequence, Frame((token,), b"chain", finish=finish)))
+            outputs.append(Told(sequence, Frame(tokens=(token,), chain=b"chain", finish=finish)))
         scheduler.commit(plan, outputs)
         scheduler.check()
     return told, scheduler

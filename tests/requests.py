@@ -36,5 +36,5 @@ def frames_of(request_id: str, texts: list[str]) -> list[Frame]:
         chain = next_chain(chain, tokens)
         is_last = index == len(texts) - 1
         finish = Finish(FinishReason.LENGTH, len(texts)) if is_last else None
-        frames.append(Frame(tokens, chain, finish=finish))
+        frames.append(Frame(tokens=tokens, chain=chain, finish=finish))
     return frames

@@ -139,7 +139,7 @@ def outputs_of(scheduler, result):
         finish = Finish(FinishReason.LENGTH, num_generated) if is_last else None
         sequence.num_frames += 1
         tokens = (Token(sampled.token, "", -1.0),)
-        outputs.append(FakeOutput(sequence, Frame(tokens, b"chain", finish=finish)))
+        outputs.append(FakeOutput(sequence, Frame(tokens=tokens, chain=b"chain", finish=finish)))
     return outputs
 
 

@@ -25,6 +25,7 @@ from gateway.handlers.routing import header_of, model_of
 from gateway.native_format import StreamFormat, answer_json
 from gateway.presentation import presentation_of
 from gateway.record import RECORD, RequestRecord
+from gateway.relay import relay
 from gateway.resumption import EventId, Terms, fingerprint_of, seed_of, terms_of
 from gateway.schemas.native import CompatBody, GenerateBody
 from gateway.services import SERVICES, Services
@@ -138,7 +139,9 @@ async def relay_stream(
         frames.call_while_held(events.say_wait)
         format = format_of(frames.request)
         try:
-            await _relay(frames, events, format, last_event)
+            await relay(frames, events, format.events, last_event=last_event)
+            if frames.is_stopped:
+                _part(frames, events)
         except FleetError as error:
             outcome.append(error)
             await events.write(format.error(with_way_back(error, frames)))
@@ -153,18 +156,9 @@ async def relay_stream(
     return events.response
 
 
-async def _relay(
-    frames: FrameStream, events: EventStream, format: StreamFormat, last_event: EventId | None
-) -> None:
-    """Earlier frames are formatted too, for the final text, but not written again."""
-    first = last_event.index + 1 if last_event else 0
-    async for item in frames:
-        data = [(index, format.events(index, frame)) for index, frame in frames.with_ready(item)]
-        if text := b"".join(text for index, text in data if index >= first):
-            await events.write(text)
-    if not frames.is_stopped:
-        return
-    if frames.on_leave is OnDisconnect.CANCEL:  # nobody can come back to it
+def _part(frames: FrameStream, events: EventStream) -> None:
+    """Let a client go whose stream this gateway stopped. Raises Unavailable when it cannot come back to it."""
+    if frames.on_leave is OnDisconnect.CANCEL:
         raise Unavailable("This gateway is stopping")
     events.cut()
 

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
+from functools import partial
 
 from aiohttp import web
 
@@ -29,6 +30,7 @@ from gateway.openai_stream import StreamFormat
 from gateway.openai_validation import ValidCall, validate_chat, validate_completion
 from gateway.presentation import presentation_of
 from gateway.record import RECORD, RequestRecord
+from gateway.relay import relay
 from gateway.resumption import EventId, Terms, fingerprint_of, seed_of, terms_of
 from gateway.schemas.openai import ChatBody, CommonBody, CompletionBody
 from gateway.services import SERVICES
@@ -183,14 +185,13 @@ async def _relay_all(
     last_event: EventId | None,
 ) -> None:
     """Relay every stream; one failure ends all."""
-    lock = asyncio.Lock()
     if len(streams) == 1:
-        await _relay(0, streams[0], events, format, lock, last_event)
+        await relay(streams[0], events, partial(format.events, 0), last_event=last_event)
     else:
         try:
             async with asyncio.TaskGroup() as group:
                 for index, frames in enumerate(streams):
-                    group.create_task(_relay(index, frames, events, format, lock, None))
+                    group.create_task(relay(frames, events, partial(format.events, index)))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from failures
     if not any(frames.is_stopped for frames in streams):
@@ -198,23 +199,6 @@ async def _relay_all(
     if len(streams) > 1 or streams[0].on_leave is OnDisconnect.CANCEL:  # no way to come back
         raise Unavailable("This gateway is stopping")
     events.cut()
-
-
-async def _relay(
-    index: int,
-    frames: FrameStream,
-    events: EventStream,
-    format: StreamFormat,
-    lock: asyncio.Lock,
-    last_event: EventId | None,
-) -> None:
-    """Earlier frames are formatted too, for what they leave behind, but not written again."""
-    first = last_event.index + 1 if last_event else 0
-    async for item in frames:
-        async with lock:
-            data = [(n, format.events(index, n, frame)) for n, frame in frames.with_ready(item)]
-            if text := b"".join(text for n, text in data if n >= first):
-                await events.write(text)
 
 
 def _fingerprint(card: ModelCard) -> str:

@@ -128,7 +128,7 @@ async def _step(queue: RequestQueue, leases: list[Lease], base: int) -> float:
     appends = []
     for lease in leases:
         tokens = (Token(base, " word", -1.25),)
-        frame = Frame(tokens, next_chain(first_chain(lease.request.id), tokens))
+        frame = Frame(tokens=tokens, chain=next_chain(first_chain(lease.request.id), tokens))
         appends.append(Append(lease.request.id, lease.token, lease.queue, base, frame))
     started = time.perf_counter()
     replies = await queue.append(appends, patience_s=5)

@@ -182,7 +182,9 @@ class ChaosClient:
             seen.text = event["generated_text"]
             num_tokens = sum(len(frame.tokens) for _, frame in seen.seen.frames) + len(tokens)
             finish = Finish(FinishReason.LENGTH, num_tokens)
-        seen.seen.frames.append((int(index), Frame(tokens, bytes.fromhex(chain), finish=finish)))
+        seen.seen.frames.append(
+            (int(index), Frame(tokens=tokens, chain=bytes.fromhex(chain), finish=finish))
+        )
 
 
 def new_observation(prompt: str, max_new_tokens: int, *, is_resuming: bool) -> Observation:

@@ -85,7 +85,7 @@ class ScriptedWorker:
             chain = next_chain(chain, tokens)
             is_last = base == len(words) - 1
             finish = Finish(FinishReason.LENGTH, len(words), lease.waited_s) if is_last else None
-            frame = Frame(tokens, chain, finish=finish)
+            frame = Frame(tokens=tokens, chain=chain, finish=finish)
             if is_last and self.failure:
                 frame = Frame(failure=self.failure)
             if not await self._append(lease, base, frame):

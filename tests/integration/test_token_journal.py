@@ -137,3 +137,18 @@ async def test_nothing_is_left_behind(
         await writer.append(0)
         await anext(reader)
     assert subscriber.num_channels == 0
+
+
+async def test_the_broker_hears_of_it_with_what_is_told_next(
+    journal: TokenJournal, redis: Redis, keys: ModelKeys
+):
+    async with journal.open("r1"), asyncio.timeout(5):
+        while dict(await redis.pubsub_numsub(keys.channel("r1"))) != {
+            keys.channel("r1").encode(): 1
+        }:
+            await asyncio.sleep(0)
+    async with journal.open("r2"), asyncio.timeout(5):
+        while dict(await redis.pubsub_numsub(keys.channel("r1"))) != {
+            keys.channel("r1").encode(): 0
+        }:
+            await asyncio.sleep(0)

@@ -23,7 +23,7 @@ from common.redis_client import open_redis
 from common.redis_keys import ModelKeys
 from common.request_queue import RequestQueue
 from common.subscriber import Subscriber
-from common.token_journal import StreamDiverged, TokenJournal
+from common.token_journal import JournalReader, StreamDiverged, TokenJournal
 from tests.simulation.memory_broker import Lua, MemoryBroker
 from tests.simulation.network import SimNetwork, Weather
 from tests.simulation.streams import SeenStream
@@ -291,10 +291,11 @@ class World:
                     if expects:
                         await reader.catch_up()
                     await queue.enqueue(request, max_waiting=1000)
+                    if leaves_after is None:
+                        reader.listen(lambda: self._take_ready(stream, reader))
                     async for item in reader:
-                        while item is not None:
-                            stream.frames.append(item)
-                            item = reader.take_ready()
+                        stream.frames.append(item)
+                        self._take_ready(stream, reader)
                         if leaves_after is not None and len(stream.frames) > leaves_after:
                             await queue.cancel(request.id)
                             stream.is_left = True
@@ -305,6 +306,11 @@ class World:
                     self.say(f"{request.id} comes back: {error!r}")
                 except FleetError as error:
                     stream.error = error.kind
+
+    def _take_ready(self, stream: SeenStream, reader: JournalReader) -> None:
+        """What a gateway does when frames come; its client may be behind."""
+        while self.draw.random() < 0.8 and (item := reader.take_ready()) is not None:
+            stream.frames.append(item)
 
     # Faults
 

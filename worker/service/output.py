@@ -117,7 +117,7 @@ class OutputProcessor:
         finish = _finish(sequence, reason, num_generated, now) if reason else None
         sequence.chain = next_chain(sequence.chain, tokens)
         sequence.num_frames += 1
-        frame = Frame(tokens, sequence.chain, prompt, finish)
+        frame = Frame(chain=sequence.chain, tokens=tokens, prompt=prompt, finish=finish)
         return Output(sequence, sampled.token, frame, sequence.num_frames - 1)
 
     def _next_text(self, sequence: Sequence, token: int) -> tuple[str, bool]:

@@ -111,7 +111,7 @@ class Greedy:
                 is_last = len(answer.tokens) == num_tokens
                 finish = Finish(FinishReason.LENGTH, num_tokens) if is_last else None
                 token = Token(sampled.token, "", sampled.logprob)
-                told.append(_Told(sequence, Frame((token,), b"chain", finish=finish)))
+                told.append(_Told(sequence, Frame(tokens=(token,), chain=b"chain", finish=finish)))
             scheduler.commit(plan, told)
         return list(answers.values())
 

@@ -34,9 +34,9 @@ finishes = st.builds(Finish, st.sampled_from(FinishReason), ids, *[st.floats(0, 
 frames = (
     st.builds(
         Frame,
-        st.lists(tokens, max_size=3).map(tuple),
-        st.binary(max_size=8),
-        st.lists(top_tokens, max_size=3).map(tuple),
+        chain=st.binary(max_size=8),
+        tokens=st.lists(tokens, max_size=3).map(tuple),
+        prompt=st.lists(top_tokens, max_size=3).map(tuple),
     )
     | st.builds(Frame, finish=finishes)
     | st.builds(Frame, failure=st.builds(Failure, texts, texts))

@@ -74,7 +74,7 @@ def frames_of(
         chain = next_chain(chain, tokens)
         is_last = number == len(words) - 1
         finish = Finish(reason, len(words), 0.25, 0.5, 1.0) if is_last else None
-        frames.append(Frame(tokens, chain, finish=finish))
+        frames.append(Frame(tokens=tokens, chain=chain, finish=finish))
     return frames
 
 
@@ -157,6 +157,9 @@ class FakeReader:
         self._frames = frames
         self._index = -1
         self._held: list[Frame | Exception] = []  # for the iteration to tell
+
+    def listen(self, sink: Callable[[], None]) -> None:
+        """Never calls it: what is pushed wakes the iteration. tests/integration has the real reader."""
 
     def nothing_missed(self) -> None:
         pass

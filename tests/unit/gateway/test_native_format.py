@@ -58,14 +58,16 @@ def test_token_is_json(text, id, logprob):
 def test_stream_of_two_frames():
     format = StreamFormat(valid(prefix="Q: ", sampling=Sampling(do_sample=True, seed=9)))
     first = format.events(
-        0, Frame((Token(1, "a", -0.5, top=(TopToken(7, "x", -0.1),)),), b"\x01\x02")
+        0, Frame(tokens=(Token(1, "a", -0.5, top=(TopToken(7, "x", -0.1),)),), chain=b"\x01\x02")
     )
     assert first.decode() == (
         'id: r:0-0102\ndata: {"index":1,"token":{"id":1,"text":"a","logprob":-0.5,"special":false},'
         '"top_tokens":[{"id":7,"text":"x","logprob":-0.1,"special":false}],'
         '"generated_text":null,"details":null}\n\n'
     )
-    last = format.events(1, Frame((Token(2, "</s>", -1.0, True),), b"\x03", finish=FINISH))
+    last = format.events(
+        1, Frame(tokens=(Token(2, "</s>", -1.0, True),), chain=b"\x03", finish=FINISH)
+    )
     assert last.decode() == (
         'id: r:1-03\ndata: {"index":2,"token":{"id":2,"text":"</s>","logprob":-1.0,"special":true},'
         '"generated_text":"Q: a","details":{"finish_reason":"eos_token","generated_tokens":2,'
@@ -77,7 +79,7 @@ def test_frame_of_several_tokens_is_several_events_with_one_id():
     tokens = (Token(1, "a", -1.0), Token(2, "b\n", -1.0))
     text = (
         StreamFormat(valid(has_details=False))
-        .events(4, Frame(tokens, b"\xff", finish=FINISH))
+        .events(4, Frame(tokens=tokens, chain=b"\xff", finish=FINISH))
         .decode()
     )
     first, last = text.strip().split("\n\n")
@@ -89,7 +91,7 @@ def test_frame_of_several_tokens_is_several_events_with_one_id():
 
 def test_finish_without_a_token_still_ends_the_stream():
     format = StreamFormat(valid(has_details=False))
-    format.events(0, Frame((Token(1, "a", -1.0),), b"a"))
+    format.events(0, Frame(tokens=(Token(1, "a", -1.0),), chain=b"a"))
     event = json.loads(format.events(1, Frame(finish=FINISH)).decode().split("data: ")[1])
     assert (
         event["generated_text"] == "a"

@@ -79,7 +79,7 @@ async def test_prefill_of_the_prompt(client, fleet):
         assert request.prompt_logprobs
         prompt = (TopToken(1, "H", None), TopToken(2, "i", -1.5))
         finish = Finish(FinishReason.EOS_TOKEN, 1)
-        return [Frame((Token(5, "!", -1.0),), b"x", prompt, finish=finish)]
+        return [Frame(tokens=(Token(5, "!", -1.0),), chain=b"x", prompt=prompt, finish=finish)]
 
     fleet.answer = answer
     response = await post(
@@ -288,7 +288,7 @@ async def test_client_that_stops_reading_is_given_up(make_client, fleet, deadlin
     response = await post(client, "/generate_stream", inputs="Hi")
     request = await fleet.enqueued.get()
     response.content._protocol.pause_reading()
-    large = Frame((Token(1, "x" * 2_000_000, -1.0),), b"c")
+    large = Frame(tokens=(Token(1, "x" * 2_000_000, -1.0),), chain=b"c")
     for _ in range(12):
         fleet.push(request.id, large)
     assert await fleet.cancelled.get() == request.id

@@ -71,7 +71,7 @@ def test_a_translation_goes_on_where_another_worker_stopped():
     worker = SimulatedWorker(max_step_tokens=3)
     request = a_request(range(6), max_new_tokens=8)
     answer = reference(request, has_encoder=True)
-    token_frames = [Frame((Token(token, "", -1.0),), b"chain") for token in answer[:5]]
+    token_frames = [Frame(tokens=(Token(token, "", -1.0),), chain=b"chain") for token in answer[:5]]
     sequence = Sequence.from_journal(request, token_frames, decoder_start_token=START)
     worker.add(sequence)
     plan = worker.step()

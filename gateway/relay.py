@@ -1,0 +1,42 @@
+"""Frames of a stream to its client's events: at once while the client keeps up, else when it has read."""
+
+from collections.abc import Callable, Iterable
+
+from common.messages import Frame
+from gateway.generation import FrameStream
+from gateway.resumption import EventId
+from gateway.sse import EventStream
+
+
+async def relay(
+    frames: FrameStream,
+    events: EventStream,
+    format: Callable[[int, Frame], bytes],
+    *,
+    last_event: EventId | None = None,
+) -> None:
+    """Write what `format` makes of every frame behind `last_event`, until the stream ends or is stopped.
+
+    Earlier frames are formatted too, for what they leave behind, but not written again. Raises what the iteration
+    over `frames` raises, and ConnectionError when the client is gone.
+    """
+    first = last_event.index + 1 if last_event else 0
+
+    def unseen(index: int, frame: Frame) -> bytes:
+        text = format(index, frame)
+        return text if index >= first else b""
+
+    make = unseen if first else format
+
+    def text_of(items: Iterable[tuple[int, Frame]]) -> bytes:
+        return b"".join([make(index, frame) for index, frame in items])
+
+    def send_ready() -> None:
+        if events.can_send and (text := text_of(frames.ready())):
+            events.send(text)
+
+    frames.listen(send_ready)
+    async for item in frames:
+        async with events.turn:
+            if text := text_of((item, *frames.ready())):
+                await events.write(text)
