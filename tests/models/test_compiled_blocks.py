@@ -10,6 +10,7 @@ from tests.checkpoints import VOCAB_SIZE, Driven
 from tests.parity import Checkpoint, a_sequence
 from worker.kernels.cpu import products
 from worker.kernels.cpu.gated_block import GatedBlock
+from worker.kernels.cpu.gated_decoder import GatedDecoder
 from worker.models.llama import Block
 
 SIZES = dict(
@@ -28,7 +29,11 @@ SIZES = dict(
 MODELS = {
     "llama": transformers.LlamaConfig(**SIZES),
     "biases": transformers.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "panels": transformers.LlamaConfig(**SIZES | {"intermediate_size": 128}, mlp_bias=True),
     "window": transformers.MistralConfig(**SIZES, sliding_window=11),
+    "window in some layers": transformers.Qwen2Config(
+        **SIZES, sliding_window=11, use_sliding_window=True, max_window_layers=1
+    ),
     "norms of heads": transformers.Qwen3Config(**SIZES),
 }
 
@@ -66,8 +71,17 @@ def test_same_bits(checkpoint: Checkpoint, threads: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         Block, "compiled", property(lambda self: built.append(compiled(self)) or built[-1])
     )
+    num_rows: list[int] = []
+    decode = GatedDecoder.__call__
+
+    def decode_noted(self: GatedDecoder, x: torch.Tensor, *inputs: object) -> torch.Tensor:
+        num_rows.append(len(x))
+        return decode(self, x, *inputs)
+
+    monkeypatch.setattr(GatedDecoder, "__call__", decode_noted)
     ours = batch_of(checkpoint, threads)
     assert built and all(isinstance(block, GatedBlock) for block in built)
+    assert max(num_rows) > 1, "no step of several sequences ran in one call"
     monkeypatch.setattr(Block, "compiled", None)
     for one, other in zip(ours, batch_of(checkpoint, threads), strict=True):
         assert one.tokens == other.tokens

@@ -68,6 +68,11 @@ class AttentionMetadata:
     views: Mapping[int | None, AttentionView]  # by window; None is no window
     cross: AttentionView | None = None  # of the encoder's keys; None: the model has no encoder
 
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every row is the newest token of a sequence."""
+        return not any(view.chunks for view in self.views.values())
+
 
 @dataclass(frozen=True, slots=True)
 class EncoderMetadata:

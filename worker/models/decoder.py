@@ -62,10 +62,13 @@ class DecoderModel(nn.Module):
         """Tokens and their positions, both `[T]`, to hidden states `[T, H]`; writes their keys and
         values."""
         x = self.embed(tokens, positions)
-        inputs = self.layer_inputs(positions, cache, metadata)
+        return self.norm(self.run_layers(x, *self.layer_inputs(positions, cache, metadata)))
+
+    def run_layers(self, x: torch.Tensor, *inputs: Any) -> torch.Tensor:
+        """All blocks, `[T, H]` to `[T, H]`."""
         for layer in self.layers:
             x = layer(x, *inputs)
-        return self.norm(x)
+        return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states `[n, H]` to logits `[n, V]`."""

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from worker.kernels.cpu.gated_block import GatedBlock, gated_block
+from worker.kernels.cpu.gated_decoder import GatedDecoder, gated_decoder
 from worker.kernels.metadata import AttentionMetadata
 from worker.kernels.sdpa import clear_entered
 from worker.layers.activations import activation, gated
@@ -44,11 +45,33 @@ class LlamaModel(DecoderModel):
         self.rotary = RotaryEmbedding(
             config.rope, config.head_dim, dtype=build.dtype, device=build.device
         )
+        self._compiled: tuple[KvCache, GatedDecoder | None] | None = None
 
     def layer_inputs(
         self, positions: torch.Tensor, cache: KvCache, metadata: AttentionMetadata
     ) -> tuple[Rotation, KvCache, AttentionMetadata]:
         return self.rotary(positions), cache, metadata
+
+    def run_layers(
+        self, x: torch.Tensor, rotation: Rotation, cache: KvCache, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        decoder = self._compiled_on(cache) if metadata.only_decodes else None
+        if decoder is not None:
+            return decoder(x, rotation.cos, rotation.sin, metadata)
+        return super().run_layers(x, rotation, cache, metadata)
+
+    def _compiled_on(self, cache: KvCache) -> GatedDecoder | None:
+        """All layers for steps that only decode; None where a layer has parts that it has not."""
+        if self._compiled is None or self._compiled[0] is not cache:
+            layers = [layer.attention.paged for layer in self.layers]
+            decoder = gated_decoder(
+                [layer.compiled for layer in self.layers],
+                windows=[layer.window for layer in layers],
+                scales=[layer.scale for layer in layers],
+                cache=cache.layers,
+            )
+            self._compiled = cache, decoder
+        return self._compiled[1]
 
     @staticmethod
     def read_config(hf: Mapping[str, Any]) -> ModelConfig:

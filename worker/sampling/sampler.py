@@ -90,13 +90,14 @@ class Sampler:
     def sample(
         self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]
     ) -> list[Sampled]:
-        """Choose a token for each row of `logits` `[rows, vocab]`; penalties overwrite the logits.
+        """Choose a token for each row of `logits` `[rows, vocab]`; penalties overwrite float32 logits.
 
         `slots[i]` says whose row it is, `positions[i]` the absolute position of the token being
         chosen. The chosen tokens enter the slots' penalty state.
         """
         states = [self._state(slot) for slot in slots]
-        logits = logits.float()
+        if any(state.has_rules for state in states):
+            logits = logits.float()
         failures = adjust_(
             logits, states, positions, eos_tokens=self._eos_tokens, watermark=self._watermark
         )
@@ -146,7 +147,7 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """Logits after the temperature, and noise keys, of some rows."""
         temperatures = self._floats([states[row].sampling.temperature for row in rows])
-        values = processors.apply_temperature(logits[self._index(rows)], temperatures)
+        values = processors.apply_temperature(logits[self._index(rows)].float(), temperatures)
         seeds = [states[row].sampling.seed for row in rows]
         return values, row_keys(seeds, [positions[row] for row in rows], self._device)
 
@@ -238,6 +239,7 @@ def _choose_greedily(rows: list[int], logits: Tensor) -> _Choice:
     if choice is not None:
         tokens, chosen, log_total = choice
         return _Choice(rows, tokens, chosen - log_total, logits, log_total)
+    logits = logits.float()
     tokens = logits.argmax(dim=-1)
     log_total = logits.logsumexp(dim=-1)
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)

@@ -41,6 +41,18 @@ class SlotState:
         rules = self.sampling
         return rules.top_k > 0 or rules.top_p < 1 or rules.typical_p < 1 or rules.min_p > 0
 
+    @property
+    def has_rules(self) -> bool:
+        """Whether a rule of `adjust.py` may change a logit."""
+        rules = self.sampling
+        return bool(
+            rules.logit_bias
+            or rules.watermark
+            or self.history is not None
+            or self.grammar is not None
+            or self.min_new_tokens
+        )
+
     def record(self, token: int) -> None:
         """The sequence generated this token."""
         self.last_token = token

@@ -20,7 +20,7 @@ def top_tokens(
         index = tensor(wanted, device=values.device)
         counts = tensor([num_top[row] for row in wanted], device=values.device)
         counts = counts.clamp(max=values.shape[-1])
-        logprobs = values[index] - log_total[index].unsqueeze(-1)
+        logprobs = values[index].float() - log_total[index].unsqueeze(-1)
         likeliest = logprobs.topk(int(counts.max()), dim=-1).values
         threshold = likeliest.gather(-1, counts.unsqueeze(-1) - 1)
         rows, columns = ((logprobs >= threshold) & logprobs.isfinite()).nonzero(as_tuple=True)

@@ -257,18 +257,21 @@ def test_int8_product_of_broken_rows_is_not_a_number():
         assert product(x).isnan().any(-1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1, 15, 16, 1000, 49_152])
-def test_greedy_choice(num_threads, size):
-    logits = torch.randn(5, size + 3).mul(4)[:, :size]
+def test_greedy_choice(num_threads, size, dtype):
+    logits = torch.randn(5, size + 3).mul(4).to(dtype)[:, :size]
     logits[2, size // 2 :] = logits[2].max()  # the first among equals
     tokens, chosen, log_total = greedy_choice(logits)
-    assert torch.equal(tokens, logits.argmax(dim=-1))
-    assert torch.equal(chosen, logits.amax(dim=-1))
-    torch.testing.assert_close(log_total, logits.logsumexp(dim=-1))
+    exact = logits.float()
+    assert torch.equal(tokens, exact.argmax(dim=-1))
+    assert torch.equal(chosen, exact.amax(dim=-1))
+    torch.testing.assert_close(log_total, exact.logsumexp(dim=-1))
 
 
-def test_greedy_choice_of_broken_logits_is_not_a_number():
-    logits = torch.randn(4, 100)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_greedy_choice_of_broken_logits_is_not_a_number(dtype):
+    logits = torch.randn(4, 100).to(dtype)
     logits[0, 7] = float("nan")
     logits[1, 7] = float("inf")
     logits[2] = -float("inf")

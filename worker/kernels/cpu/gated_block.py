@@ -48,13 +48,16 @@ class GatedBlock:
         self._hidden = products[0].num_inputs
         self._outputs = products[0].num_outputs
         self._num_scratch = 2 * self._hidden + 3 * products[3].num_inputs
+        self.num_decoding_scratch = (
+            self._num_scratch + self._hidden + products[0].num_outputs + products[1].num_inputs
+        )
         self._block = _Block(
             *(_Norm(weight.data_ptr(), eps) for weight, eps in norms),
             *((_Norm(),) * (4 - len(norms))),
             *(_Product(p.pointer, p.bias_pointer, p.num_outputs, p.num_inputs) for p in products),
             *heads,
         )
-        self._pointer = ctypes.addressof(self._block)
+        self.pointer = ctypes.addressof(self._block)
 
     def before_attention(
         self,
@@ -70,7 +73,7 @@ class GatedBlock:
         heads = torch.empty((num_rows, self._outputs), dtype=x.dtype)
         scratch = torch.empty((num_rows, self._hidden), dtype=x.dtype)
         self._before(
-            *(self._pointer, heads.data_ptr(), x.data_ptr(), cos.data_ptr(), sin.data_ptr()),
+            *(self.pointer, heads.data_ptr(), x.data_ptr(), cos.data_ptr(), sin.data_ptr()),
             *(cache.data_ptr(), cache_rows.data_ptr(), scratch.data_ptr(), num_rows),
             torch.get_num_threads(),
         )
@@ -81,7 +84,7 @@ class GatedBlock:
         num_rows, out = x.shape[0], torch.empty_like(x)
         scratch = torch.empty(num_rows * self._num_scratch, dtype=x.dtype)
         self._after(
-            *(self._pointer, out.data_ptr(), x.data_ptr(), attended.data_ptr()),
+            *(self.pointer, out.data_ptr(), x.data_ptr(), attended.data_ptr()),
             *(scratch.data_ptr(), num_rows, torch.get_num_threads()),
         )
         return out

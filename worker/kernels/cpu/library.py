@@ -97,7 +97,7 @@ class CpuKernels:
         kv_heads = kv.shape[-2] // 2
         strides = (0, 0, 0)
         if mask is not None:
-            strides = _broadcast_strides(mask.view((1,) * (4 - mask.dim()) + mask.shape))
+            strides = broadcast_strides(mask.view((1,) * (4 - mask.dim()) + mask.shape))
         packed = torch.empty(round_up(num_keys, 64) * kv_heads * dim, dtype=torch.int32)
         self._prompt_attention(
             *(out.data_ptr(), q.data_ptr(), kv.data_ptr()),
@@ -129,7 +129,7 @@ class CpuKernels:
         """
         num_sequences, num_heads, dim = q.shape
         block_size, kv_heads = rows.shape[1], rows.shape[2] // 2
-        strides = (0, 0, 0) if mask is None else _broadcast_strides(mask)
+        strides = (0, 0, 0) if mask is None else broadcast_strides(mask)
         self._paged_decode(
             *(out.data_ptr(), q.data_ptr(), rows.data_ptr(), blocks.data_ptr()),
             None if mask is None else mask.data_ptr(),
@@ -140,15 +140,15 @@ class CpuKernels:
 
 
 def greedy_choice(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Of rows `[n, V]` of float32: the largest logit's token, that logit and the row's logsumexp, each
-    `[n]`. None: there is no kernel for them. A logsumexp is NaN where a logit is NaN or infinite."""
+    """Of rows `[n, V]`: the largest logit's token, that logit and the row's logsumexp, each `[n]`. None:
+    there is no kernel for them. A logsumexp is NaN where a logit is NaN or infinite."""
     library = cpu_library() if logits.device.type == "cpu" else None
-    if library is None or logits.dtype != torch.float32 or logits.stride(1) != 1:
+    if library is None or logits.dtype not in SUFFIXES or logits.stride(1) != 1:
         return None
     num_rows, size = logits.shape
     tokens = torch.empty(num_rows, dtype=torch.int64)
     largest, totals = torch.empty(num_rows), torch.empty(num_rows)
-    kernel_function(library, "greedy_float32", "ppppiii")(
+    kernel_function(library, f"greedy_{SUFFIXES[logits.dtype]}", "ppppiii")(
         *(tokens.data_ptr(), largest.data_ptr(), totals.data_ptr(), logits.data_ptr()),
         *(num_rows, size, logits.stride(0), torch.get_num_threads()),
     )
@@ -188,7 +188,8 @@ def kernel_function(library: ctypes.CDLL, name: str, arguments: str) -> Callable
     return function
 
 
-def _broadcast_strides(mask: torch.Tensor) -> tuple[int, int, int]:
+def broadcast_strides(mask: torch.Tensor) -> tuple[int, int, int]:
+    """Of a mask's first three dimensions; 0 where it has one entry for all."""
     strides = [
         0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True)
     ]
