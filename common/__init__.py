@@ -8,6 +8,7 @@ redis_keys.py       every Redis key, with its type, lifetime, writers and reader
 scripts/            the transitions of a request, one Lua script each
 lua.py              runs the scripts, again after a lost reply
 redis_client.py     opens clients of the broker
+wire.py             connections of our own to it
 sentinel.py         finds the broker that a set of Sentinels has chosen
 request_queue.py    both ends of the queue: enqueue and cancel, lease and append
 faults.py           points at which tests can break a process

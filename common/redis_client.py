@@ -1,21 +1,25 @@
 """Opens clients of the broker. The settings here are the result of measurements: see the comments before changing one."""
 
 import asyncio
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import hiredis
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import BusyLoadingError, ConnectionError, ResponseError, TimeoutError
+from redis.exceptions import BusyLoadingError, ConnectionError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from common.errors import Unavailable
-from common.sentinel import SentinelSet
+from common.wire import BrokerAddress, SharedWire
 
 OLDEST_VERSION = (7, 0)
 BLOCK_MS = 1000  # longest wait of a blocking read; must stay below the socket timeout, which it does not extend
 _SOCKET_TIMEOUT_S = 3.0
 # What a broker says that cannot write now but will again: its disk is full, its replicas are away, a script runs.
+_BLOCKING = frozenset(("XREADGROUP",))
 _PASSING = ("MISCONF", "NOREPLICAS", "BUSY ")
 
 
@@ -23,19 +27,34 @@ class BrokerRefuses(ResponseError):
     """The broker answers, but takes no writes for the moment."""
 
 
-class PlainRedis(Redis):
-    """redis-py's client less what nobody here uses: retries, timings and error counts took half of a command's time.
+class LeanRedis(Redis):
+    """redis-py's commands on a connection of ours. What blocks, and pipelines, take one of redis-py's pool."""
 
-    A connection that fails closes itself, so that the pool opens it again.
-    """
+    wire: SharedWire
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
+        options.pop("keys", None)
+        if args[0] in _BLOCKING or options:
+            return await self._execute_alone(*args, **options)
+        try:
+            reply = await self.wire.call(_parts(args))
+        except ResponseError as error:
+            raise _passing(error) from error
+        callback = self.response_callbacks.get(args[0])
+        return reply if callback is None else callback(reply)
+
+    async def _execute_alone(self, *args: Any, **options: Any) -> Any:
+        """On a connection of the pool; one that fails closes itself, so that the pool opens it again."""
         connection = await self.connection_pool.get_connection()
         try:
             await connection.send_command(*args)
             return await self.parse_response(connection, args[0], **options)
         finally:
             await self.connection_pool.release(connection)
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        await self.wire.close()
+        await super().aclose(close_connection_pool)
 
 
 def open_redis(url: str, *, max_connections: int = 64) -> Redis:
@@ -52,46 +71,68 @@ def open_redis(url: str, *, max_connections: int = 64) -> Redis:
         "retry": Retry(NoBackoff(), 0),
         "max_connections": max_connections,
     }
-    sentinels = SentinelSet.parse(url)
-    if sentinels:
-        client = sentinels.client(PlainRedis, **options)
+    address = BrokerAddress.parse(url)
+    if address.sentinels:
+        client = address.sentinels.client(LeanRedis, **options)
     else:
-        client = PlainRedis.from_url(url, **options)
+        client = LeanRedis.from_url(url, **options)
+    client.wire = SharedWire(address, timeout_s=_SOCKET_TIMEOUT_S)
     pool = client.connection_pool
-    pool.connection_class = told_of_its_end(pool.connection_class)
+    pool.connection_class = _lean(pool.connection_class)
     return client
 
 
-def told_of_its_end(base: type[AbstractConnection]) -> type[AbstractConnection]:
-    """A connection class for which writing to a connection that was cut is a ConnectionError.
+def _lean(base: type[AbstractConnection]) -> type[AbstractConnection]:
+    """A connection class that packs commands in C and writes them at once.
 
-    uvloop raises RuntimeError there, which redis-py lets pass, and which nobody would take for a lost connection.
-    It also hears of a cancellation that `asyncio.wait_for` swallows before Python 3.12, inside redis-py: without that,
-    a task that is cancelled while it sends a command would go on. And a refusal that passes is a BrokerRefuses.
+    redis-py packs in Python, and gives each write a task of its own for the sake of its timeout. Only what does not fit
+    into the socket's buffer needs that. Writing to a connection that was cut is a ConnectionError: uvloop raises
+    RuntimeError there, which nobody would take for a lost connection.
     """
 
-    class ToldConnection(base):
-        async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-            task = asyncio.current_task()
-            num_cancels = task.cancelling() if task else 0
+    class LeanConnection(base):
+        def pack_command(self, *args: Any) -> list[bytes]:
+            return [hiredis.pack_command(_parts(args))]
+
+        def pack_commands(self, commands: Iterable[Sequence[Any]]) -> list[bytes]:
+            return [b"".join(hiredis.pack_command(_parts(args)) for args in commands)]
+
+        async def send_packed_command(
+            self, command: Iterable[bytes], check_health: bool = True
+        ) -> None:
+            if not self.is_connected:
+                await self.connect_check_health(check_health=False)
             try:
-                await super().send_packed_command(command, check_health)
-            except RuntimeError as error:
+                self._writer.writelines(command)
+                if self._writer.transport.get_write_buffer_size():
+                    async with asyncio.timeout(self.socket_timeout):
+                        await self._writer.drain()
+            except BaseException as error:  # what was sent of it cannot be known
                 await self.disconnect(nowait=True)
-                raise ConnectionError(f"the connection was closed: {error}") from error
-            if task and task.cancelling() > num_cancels:
-                await self.disconnect(nowait=True)
-                raise asyncio.CancelledError
+                if isinstance(error, TimeoutError):
+                    raise RedisTimeoutError("the broker does not read") from error
+                if isinstance(error, RuntimeError | OSError):
+                    raise ConnectionError(f"the connection was closed: {error}") from error
+                raise
 
         async def read_response(self, *arguments: Any, **options: Any) -> Any:
             try:
                 return await super().read_response(*arguments, **options)
             except ResponseError as error:
-                if str(error).startswith(_PASSING):
-                    raise BrokerRefuses(str(error)) from error
-                raise
+                raise _passing(error) from error
 
-    return ToldConnection
+    return LeanConnection
+
+
+def _parts(args: Sequence[Any]) -> tuple[Any, ...]:
+    """What goes over the wire: redis-py's names of commands may be of two words."""
+    name, *rest = args
+    return (*name.split(), *rest) if " " in name else tuple(args)
+
+
+def _passing(error: ResponseError) -> ResponseError:
+    """A BrokerRefuses, if that is what the error says."""
+    return BrokerRefuses(str(error)) if str(error).startswith(_PASSING) else error
 
 
 async def wait_for_redis(redis: Redis, *, timeout_s: float) -> None:
@@ -105,7 +146,7 @@ async def wait_for_redis(redis: Redis, *, timeout_s: float) -> None:
         try:
             _check_version(await redis.info("server"))
             return
-        except (ConnectionError, TimeoutError, BusyLoadingError, OSError) as error:
+        except (ConnectionError, RedisTimeoutError, BusyLoadingError, OSError) as error:
             if loop.time() > give_up_at:
                 raise Unavailable(
                     f"no broker answered within {timeout_s:.0f} s ({error}); start one or check --redis-url"

@@ -50,7 +50,8 @@ class SentinelSet:
     def login(self) -> dict[str, Any]:
         """What a connection of one's own needs, named as redis-py's `parse_url` does."""
         kind = SSLConnection if self.has_tls else Connection
-        return {"username": self.username, "password": self.password, "connection_class": kind}
+        login = {"username": self.username, "password": self.password, "db": self.db}
+        return {**login, "connection_class": kind}
 
     def client(self, kind: type[Redis], **options: Any) -> Redis:
         """A client of the primary, whichever server is that."""

@@ -14,14 +14,12 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import hiredis
-from redis.asyncio.connection import SSLConnection, UnixDomainSocketConnection, parse_url
 from redis.exceptions import RedisError
 
-from common.sentinel import SentinelSet
+from common.wire import BrokerAddress
 
 logger = logging.getLogger(__name__)
 
-_CONNECT_TIMEOUT_S = 2.0
 _TICK_S = 1.0
 _SILENCE_S = 6.0  # a connection that did not even answer PINGs for so long is half open
 _LONGEST_PAUSE_S = 0.5
@@ -90,8 +88,7 @@ class Subscriber:
     """The process's pub/sub connection. Use as `async with Subscriber(url) as subscriber`."""
 
     def __init__(self, url: str) -> None:
-        self._sentinels = SentinelSet.parse(url)
-        self._address = self._sentinels.login if self._sentinels else parse_url(url)
+        self._address = BrokerAddress.parse(url)
         self._subscriptions: dict[bytes, list[Subscription]] = {}
         self._left: list[bytes] = []  # channels that the broker still sends us
         self._told: dict[Subscription, None] = {}  # by what was read last
@@ -144,7 +141,7 @@ class Subscriber:
         pause_s = 0.02
         while True:
             try:
-                connection = await self._connect()
+                connection = await self._address.connect(self._connection_of_ours)
             except (OSError, TimeoutError, ssl.SSLError, RedisError) as error:
                 logger.debug("no pub/sub connection: %s", error)
                 self._tick()
@@ -161,7 +158,8 @@ class Subscriber:
 
     async def _attend(self, connection: "_Connection") -> None:
         self._left.clear()
-        self._log_in(connection)
+        if login := self._address.login:
+            connection.send(*login)
         channels = list(self._subscriptions)
         for start in range(0, len(channels), _CHANNELS_PER_COMMAND):
             connection.send((b"SUBSCRIBE", *channels[start : start + _CHANNELS_PER_COMMAND]))
@@ -171,6 +169,9 @@ class Subscriber:
                 return
             self._send((b"PING",))
 
+    def _connection_of_ours(self) -> "_Connection":
+        return _Connection(self._deliver, self._wake)
+
     def _tick(self) -> None:
         """Make listeners that heard nothing look at the journal: heals a lost last message."""
         for listeners in self._subscriptions.values():
@@ -178,30 +179,6 @@ class Subscriber:
                 if subscription.is_idle:
                     subscription.put(LOOK)
                 subscription.is_idle = True
-
-    def _log_in(self, connection: "_Connection") -> None:
-        password = self._address.get("password")
-        if password:
-            user = self._address.get("username") or "default"
-            connection.send((b"AUTH", user.encode(), password.encode()))
-
-    async def _connect(self) -> "_Connection":
-        loop, address = asyncio.get_running_loop(), self._address
-        kind = address.get("connection_class")
-
-        def protocol() -> _Connection:
-            return _Connection(self._deliver, self._wake)
-
-        async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-            if kind is UnixDomainSocketConnection:
-                _, connection = await loop.create_unix_connection(protocol, address["path"])
-            else:
-                context = ssl.create_default_context() if kind is SSLConnection else None
-                host, port = address.get("host", "localhost"), address.get("port", 6379)
-                if self._sentinels:
-                    host, port = await self._sentinels.primary()
-                _, connection = await loop.create_connection(protocol, host, port, ssl=context)
-        return connection
 
     def _deliver(self, reply: Any) -> None:
         if not isinstance(reply, list) or len(reply) != 3:
@@ -241,7 +218,7 @@ class _Connection(asyncio.Protocol):
     def silence_s(self) -> float:
         return self._loop.time() - self._heard_at
 
-    def send(self, *commands: tuple[bytes, ...]) -> None:
+    def send(self, *commands: tuple[bytes | str | int, ...]) -> None:
         assert self._transport is not None
         if self._transport.is_closing():  # the next connection subscribes to everything anew
             return

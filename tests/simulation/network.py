@@ -123,6 +123,9 @@ class SimConnection(asyncio.Transport):
             self._waiting.append(parts)
         self._serve()
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
     def writelines(self, list_of_data: Any) -> None:
         self.write(b"".join(list_of_data))
 
