@@ -5,6 +5,7 @@ from typing import Any
 from aiohttp import web
 
 from common.errors import RequestNotFound, ValidationError
+from common.messages import GenerationRequest
 from common.request_store import RequestStatus
 from gateway.access import holder_of, require_own
 from gateway.handlers.generate import relay_stream
@@ -30,12 +31,13 @@ async def status(request: web.Request) -> web.Response:
 async def stream(request: web.Request) -> web.StreamResponse:
     """The events of a request from the first on, or behind `Last-Event-ID`; 204 when there are no more.
 
-    Any number of readers may follow one request. It ends ten seconds after the last one left.
+    Any number of readers may follow one request. It ends ten seconds after the last one left. One with `n` or
+    `best_of` above 1 has a stream for each of its sequences, under the ids that `GET /requests/{request_id}` shows.
     """
     services, record = request.app[SERVICES], request[RECORD]
     last_event = _last_event(request)
     with services.admission.permit(holder=holder_of(request)):
-        known = require_own(await services.finder.find(_id_in(request)), request)
+        known = require_own(await _single(request), request)
         record.model = known.model
         if last_event and await _is_last(request, last_event):
             return web.Response(status=204)  # tells an EventSource to come back no more
@@ -64,6 +66,18 @@ def _id_in(request: web.Request) -> str:
         raise RequestNotFound()
     request[RECORD].id = request_id
     return request_id
+
+
+async def _single(request: web.Request) -> GenerationRequest:
+    """The request, if it is one sequence. Raises RequestNotFound, which names the streams of several."""
+    request_id = _id_in(request)
+    sequences = await request.app[SERVICES].finder.sequences(request_id)
+    if [known.id for known in sequences] == [request_id]:
+        return sequences[0]
+    for known in sequences:
+        require_own(known, request)
+    paths = ", ".join(f"/requests/{known.id}/stream" for known in sequences)
+    raise RequestNotFound(f"This request has a stream for each of its sequences: {paths}")
 
 
 def _last_event(request: web.Request) -> EventId | None:

@@ -213,6 +213,11 @@ async def test_request_of_several_sequences_tells_of_each(session, worker):
     assert told["id"] == request_id
     assert [row["id"] for row in told["sequences"]] == [f"{request_id}-0", f"{request_id}-1"]
     assert {row["state"] for row in told["sequences"]} == {"finished"}
+    async with session.get(f"/requests/{request_id}/stream") as answer:
+        refused = await answer.json()
+    assert answer.status == 404 and f"/requests/{request_id}-1/stream" in refused["error"]
+    async with session.get(f"/requests/{request_id}-1/stream") as answer:
+        assert answer.status == 200 and b"generated_text" in await answer.read()
     async with session.delete(f"/requests/{request_id}") as answer:
         assert [row["cancelled"] for row in (await answer.json())["sequences"]] == [False, False]
     async with session.get("/requests/unknown") as answer:
