@@ -9,6 +9,7 @@ from gateway.generation import Completion
 from gateway.validation import ValidGeneration
 
 _GENERATION_PREFIX = "Request failed during generation: "
+_MORE_COMES = '"generated_text":null,"details":null'
 
 
 def number(value: float | None) -> str:
@@ -71,10 +72,11 @@ class StreamFormat:
     with it has then seen the whole frame.
     """
 
-    __slots__ = ("_id", "_index", "_parts", "_valid")
+    __slots__ = ("_id", "_index", "_keeps_special_tokens", "_parts", "_valid")
 
     def __init__(self, valid: ValidGeneration) -> None:
         self._valid = valid
+        self._keeps_special_tokens = valid.keeps_special_tokens
         self._id = valid.request.id
         self._index = 0
         self._parts: list[str] = [valid.prefix] if valid.prefix else []
@@ -87,28 +89,22 @@ class StreamFormat:
             if frame.finish is None:
                 return b""
             tokens = (Token(0, "", 0.0, is_special=True),)
-        last = len(tokens) - 1
-        out: list[str] = []
-        for position, token in enumerate(tokens):
-            self._index += 1
-            if self._valid.keeps_special_tokens or not token.is_special:
-                self._parts.append(token.text)
-            is_last = position == last
-            head = f"id: {self._id}:{frame_index}-{frame.chain.hex()}\n" if is_last else ""
-            end = (
-                self._end(frame.finish)
-                if is_last and frame.finish
-                else '"generated_text":null,"details":null'
-            )
-            top = f'"top_tokens":{tokens_json(token.top)},' if token.top else ""
-            out.append(
-                f'{head}data: {{"index":{self._index},"token":{token_json(token)},{top}{end}}}\n\n'
-            )
-        return "".join(out).encode()
+        *earlier, last = tokens
+        text = "".join([self._event(token) for token in earlier])
+        name = f"id: {self._id}:{frame_index}-{frame.chain.hex()}\n"
+        return f"{text}{name}{self._event(last, frame.finish)}".encode()
 
     def error(self, error: FleetError) -> bytes:
         """The event that ends a stream which failed."""
         return error_event(error)
+
+    def _event(self, token: Token, finish: Finish | None = None) -> str:
+        self._index += 1
+        if self._keeps_special_tokens or not token.is_special:
+            self._parts.append(token.text)
+        end = self._end(finish) if finish else _MORE_COMES
+        top = f'"top_tokens":{tokens_json(token.top)},' if token.top else ""
+        return f'data: {{"index":{self._index},"token":{token_json(token)},{top}{end}}}\n\n'
 
     def _end(self, finish: Finish) -> str:
         valid, details = self._valid, "null"
