@@ -28,6 +28,7 @@ serve.py            the `serve` command: everything on one machine
 launcher.py         the same under the name and the flags of TGI's launcher
 tgi_flags.py        those of its flags that `serve` has not
 probe.py            asks a gateway of this machine whether it can answer
+health.py           the `health` command, which does that for containers
 supervisor.py       child processes, restarted and drained
 child.py            one of them
 leash.py            no child outlives its parent

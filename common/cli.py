@@ -16,6 +16,7 @@ COMMANDS = {
     "download-weights": ("worker.weights.download:command", "Fetch a model's files from the hub."),
     "generate": ("common.generate:generate", "Ask a running service, and survive its gateways."),
     "queue": ("common.queue_commands:queue", "Look into the queue: depth and dead letters."),
+    "health": ("common.health:health", "Ask the gateway of this machine whether it can answer."),
     "keys": ("gateway.key_commands:keys", "Make API keys for --api-keys-file."),
     "demo-model": ("worker.weights.demo_model:command", "Fetch a small model to try things with."),
 }

@@ -10,8 +10,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 import trustme
+from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives import serialization
 
+from common.cli import main
 from gateway.tls import Certificate
 from tests.fleet import Process
 
@@ -111,6 +113,7 @@ async def test_serve_waits_for_its_gateway_over_tls(free_port, files, client_con
         line = await process.logged("is ready after")
         assert f"https://127.0.0.1:{free_port}/generate_stream" in line
         assert await get(free_port, client_context, "/health") == 200
+        assert (await asyncio.to_thread(health, free_port)).output == "ok\n"
         url = f"https://127.0.0.1:{free_port}/generate_stream"
         body = {"inputs": "abc"}
         async with (
@@ -119,6 +122,12 @@ async def test_serve_waits_for_its_gateway_over_tls(free_port, files, client_con
         ):
             assert (await response.text()).count("data: ") == 4
         assert await process.stop(signal.SIGTERM) == 0
+    told = await asyncio.to_thread(health, free_port)
+    assert told.exit_code == 1 and f"127.0.0.1:{free_port}" in told.output
+
+
+def health(port: int) -> Result:
+    return CliRunner().invoke(main, ["health", "--port", str(port)])
 
 
 @pytest.mark.parametrize(
