@@ -9,12 +9,16 @@ import asyncio
 import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import hiredis
-from redis._parsers.base import BaseParser
-from redis.asyncio.connection import SSLConnection, UnixDomainSocketConnection, parse_url
+from redis.asyncio.connection import (
+    BaseParser,
+    SSLConnection,
+    UnixDomainSocketConnection,
+    parse_url,
+)
 from redis.exceptions import ConnectionError, InvalidResponse, ReadOnlyError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
@@ -28,7 +32,7 @@ _LOOK_S = 0.5  # how often the oldest command's age is looked at
 class BrokerAddress:
     """Where the broker is, and who we are there."""
 
-    options: dict[str, Any]  # as redis-py's `parse_url` names them
+    options: dict[str, Any] = field(repr=False)  # as redis-py's `parse_url` names them
     sentinels: SentinelSet | None
 
     @classmethod

@@ -1,11 +1,13 @@
 """Commands that share a connection: each caller has its own reply, whatever becomes of the others."""
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import hiredis
 import pytest
+import trustme
 from redis.exceptions import ConnectionError, ReadOnlyError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
@@ -159,6 +161,24 @@ async def test_nobody_there_is_a_connection_error(tmp_path: Path):
     shared = SharedWire(BrokerAddress.parse(f"unix://{tmp_path}/none.sock"), timeout_s=5)
     with pytest.raises(ConnectionError, match="cannot be reached"):
         await shared.call(("PING",))
+
+
+async def test_over_tls_the_authority_is_the_one_that_the_url_names(broker: Broker, tmp_path: Path):
+    authority, context = trustme.CA(), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    server = await asyncio.start_server(broker.serve, "127.0.0.1", ssl=context)
+    url = f"rediss://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    stranger = SharedWire(BrokerAddress.parse(url), timeout_s=5)
+    with pytest.raises(ConnectionError, match="certificate verify failed"):
+        await stranger.call(("PING",))
+    shared = SharedWire(BrokerAddress.parse(f"{url}?ssl_ca_certs={tmp_path}/ca.pem"), timeout_s=5)
+    call = asyncio.create_task(shared.call(("PING",)))
+    assert await broker.commands.get() == [b"PING"]
+    broker.answer(b"+PONG\r\n")
+    assert await call == b"PONG"
+    await shared.close()
+    server.close()
 
 
 async def test_all_cancelled_at_once_while_it_connects(tmp_path: Path):
