@@ -38,6 +38,7 @@ class InProcessWorker:
 
     def __init__(self, settings: WorkerSettings) -> None:
         loaded = load_model(settings)
+        self._num_begun = 0
         self._engine = loaded.engine
         self._tokenizer = Tokenizer.from_str(loaded.tokenizer_json)
         self._scheduler = Scheduler(
@@ -57,8 +58,14 @@ class InProcessWorker:
     ) -> list[RequestRecord]:
         """`num_requests` requests, `num_users` at a time: one that ends makes room for the next."""
         records: dict[Sequence, RequestRecord] = {}
+
+        def add() -> None:
+            num_tokens = load.tokens_of(len(records), num_users)
+            sequence, record = self._begin(load.prompt(next(indices)), num_tokens)
+            records[sequence] = record
+
         for _ in range(min(num_users, num_requests)):
-            self._add(records, load, next(indices))
+            add()
         while (plan := self._scheduler.plan()) is not None:
             result = self._engine.step(plan)
             outputs = self._processor.advance(plan, result, self._scheduler.sequence_at)
@@ -69,20 +76,21 @@ class InProcessWorker:
                 record.token_times.append(now)
                 record.ended_at = now
                 if output.frame.is_terminal and len(records) < num_requests:
-                    self._add(records, load, next(indices))
+                    add()
         return list(records.values())
 
-    def _add(self, records: dict[Sequence, RequestRecord], load: Load, index: int) -> None:
+    def _begin(self, prompt: str, num_tokens: int) -> tuple[Sequence, RequestRecord]:
         now = time.perf_counter()
+        self._num_begun += 1
         sequence = Sequence(
             GenerationRequest(
-                id=f"direct-{index}",
+                id=f"direct-{self._num_begun}",
                 model="echo",
-                prompt_tokens=tuple(self._tokenizer.encode(load.prompt(index)).ids),
+                prompt_tokens=tuple(self._tokenizer.encode(prompt).ids),
                 sampling=Sampling(),
-                stopping=Stopping(load.max_new_tokens, ignore_eos=True),
+                stopping=Stopping(num_tokens, ignore_eos=True),
             )
         )
         self._processor.start(sequence)
         self._scheduler.add(sequence)
-        records[sequence] = RequestRecord(now, now)
+        return sequence, RequestRecord(now, now)

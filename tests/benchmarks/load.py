@@ -34,6 +34,14 @@ class Load:
     max_new_tokens: int = 64
     num_requests: int = 64  # of one level; none is started after this many
     duration_s: float = 60.0  # of one level; none is started after this long
+    is_staggered: bool = False  # users of a closed loop begin at once, but end in turn from then on
+
+    def tokens_of(self, number: int, num_users: int) -> int:
+        """How many tokens a level's request asks for, counted from 0. Staggered, the first of each
+        user has a length of its own, and users whose answers are all as long stay out of step."""
+        if not self.is_staggered or number >= num_users:
+            return self.max_new_tokens
+        return max(1, self.max_new_tokens * (number + 1) // num_users)
 
 
 class LoadGenerator:
@@ -51,15 +59,16 @@ class LoadGenerator:
         """`num_users` users in a closed loop."""
         await self._warm_up(num_warmup, num_users)
         records: list[RequestRecord] = []
-        prompts = iter(self._prompts(self._load.num_requests))
+        prompts = enumerate(self._prompts(self._load.num_requests))
         cpu_start, start = time.process_time(), self._clock.now()
 
         async def user() -> None:
             while self._clock.now() - start < self._load.duration_s:
-                prompt = next(prompts, None)
+                number, prompt = next(prompts, (0, None))
                 if prompt is None:
                     return
-                records.append(await self._client.send(prompt, self._load.max_new_tokens))
+                num_tokens = self._load.tokens_of(number, num_users)
+                records.append(await self._client.send(prompt, num_tokens))
 
         await _gather(user() for _ in range(num_users))
         return self._level("users", num_users, records, start, cpu_start)

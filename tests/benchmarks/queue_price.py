@@ -5,8 +5,9 @@ later one.
 
 The echo model's step takes a known, steady time, so the difference between the same scheduler and
 engine called in this process and a request through HTTP, gateway, broker and worker is what the
-path costs. HTTP and the load generator's own time are in it; all processes share the cores. Users
-whose answers are equally long stay in step: with many of them, the first token is a burst's.
+path costs. HTTP and the load generator's own time are in it; all processes share the cores. Several
+users run twice: in step, because their answers are equally long, so that a first token is one of a
+burst; and out of step, as users are.
 """
 
 import json
@@ -49,12 +50,19 @@ def main(
     host = machine()
     click.echo(f"{host.line}\necho model, a step is {step_ms:g} ms\n")
     prompt = BytePrompts(prompt_tokens)
-    loads = {num: Load(prompt, new_tokens, num * requests_per_user, 120.0) for num in users}
-    direct = [measure_in_process(num, load, step_ms=step_ms) for num, load in loads.items()]
+    loads = [
+        (num, Load(prompt, new_tokens, num * requests_per_user, 120.0, is_staggered=is_staggered))
+        for num in users
+        for is_staggered in ((False, True) if num > 1 else (False,))
+    ]
+    direct = [measure_in_process(num, load, step_ms=step_ms) for num, load in loads]
     queued = run_async(_through_the_fleet(loads, step_ms, redis_url))
     click.echo("in this process\n" + table(direct))
     click.echo("through gateway, broker and worker\n" + table(queued))
-    prices = [_price(before, after) for before, after in zip(direct, queued, strict=True)]
+    prices = [
+        _price(load, before, after)
+        for (_, load), before, after in zip(loads, direct, queued, strict=True)
+    ]
     click.echo(_price_table(prices))
     facts = {"step_ms": step_ms, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
     facts |= {"prices": prices, "direct": [level.facts for level in direct]}
@@ -64,7 +72,7 @@ def main(
 
 
 async def _through_the_fleet(
-    loads: dict[int, Load], step_ms: float, redis_url: str | None
+    loads: list[tuple[int, Load]], step_ms: float, redis_url: str | None
 ) -> list[Level]:
     """A private broker, one gateway and one worker; every level in turn."""
     port = free_port()
@@ -86,7 +94,7 @@ async def _through_the_fleet(
         }
         await first_token(url, children, folder, timeout_s=READY_TIMEOUT_S)
         levels = []
-        for num_users, load in loads.items():
+        for num_users, load in loads:
             client = StreamClient(url, target_for("tgi"), clock=WallClock())
             levels += await run_levels(
                 client, load, users=[num_users], rates=[], num_warmup=num_users
@@ -94,12 +102,13 @@ async def _through_the_fleet(
         return levels
 
 
-def _price(direct: Level, queued: Level) -> dict[str, float]:
+def _price(load: Load, direct: Level, queued: Level) -> dict[str, float | str]:
     """Medians of both ways and their differences, in milliseconds."""
     first = queued.first_token_ms.p50 - direct.first_token_ms.p50
     token = queued.token_ms.p50 - direct.token_ms.p50
     return {
         "users": direct.value,
+        "begin": "out of step" if load.is_staggered else "together",
         "direct_first_token_ms": direct.first_token_ms.p50,
         "queued_first_token_ms": queued.first_token_ms.p50,
         "added_first_token_ms": first,
@@ -109,10 +118,11 @@ def _price(direct: Level, queued: Level) -> dict[str, float]:
     }
 
 
-def _price_table(prices: list[dict[str, float]]) -> str:
+def _price_table(prices: list[dict[str, float | str]]) -> str:
     rows = [
         [
             "users",
+            "begin",
             "first token ms: direct",
             "queued",
             "added",
@@ -122,10 +132,10 @@ def _price_table(prices: list[dict[str, float]]) -> str:
         ]
     ]
     for price in prices:
-        users, *times = price.values()
-        rows.append([f"{users:g}", *(f"{time:.2f}" for time in times)])
+        users, begin, *times = price.values()
+        rows.append([f"{users:g}", begin, *(f"{time:.2f}" for time in times)])
     return "\n".join(
-        ["the price of the queue, medians", *aligned(rows, extra_space_before=[4]), ""]
+        ["the price of the queue, medians", *aligned(rows, extra_space_before=[5]), ""]
     )
 
 

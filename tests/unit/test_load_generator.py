@@ -187,6 +187,12 @@ async def test_a_closed_loop_sends_each_request_once_and_never_more_than_its_use
     json.dumps(level.facts, allow_nan=False)
 
 
+def test_staggered_users_end_their_first_answers_in_turn():
+    load = Load(prompts_for(None, 8), max_new_tokens=64, is_staggered=True)
+    assert [load.tokens_of(number, 4) for number in range(6)] == [16, 32, 48, 64, 64, 64]
+    assert Load(prompts_for(None, 8), max_new_tokens=64).tokens_of(0, 4) == 64
+
+
 async def test_an_open_loop_goes_on_asking_while_a_server_stalls():
     num_waiting, all_came = 0, asyncio.Event()
 
