@@ -181,6 +181,39 @@ async def test_stream_delivers_every_frame_once(session, worker):
         assert id == f"{response.headers['x-request-id']}:{number}-{chain.hex()}"
 
 
+async def test_stream_of_a_client_without_chunks(session, worker):
+    reader, writer = await asyncio.open_connection("127.0.0.1", session._base_url.port)
+    body = b'{"inputs": "Hi"}'
+    head = "POST /generate_stream HTTP/1.0\r\ncontent-type: application/json\r\n"
+    writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+    told = (await reader.read()).decode()
+    writer.close()
+    assert "transfer-encoding" not in told.partition("\r\n\r\n")[0].lower()
+    lines = told.partition("\r\n\r\n")[2].splitlines()
+    assert {line.partition(":")[0] for line in lines} == {"", "id", "data"}
+    last = json.loads(lines[-2].removeprefix("data: "))
+    assert last["generated_text"] == " one two"
+
+
+async def test_client_that_reads_late_gets_everything(session, worker):
+    words = [f" {number:06}" + "x" * 50_000 for number in range(200)]
+    worker.script = lambda request: words
+    async with session.post("/generate_stream", json={"inputs": "Hi"}) as response:
+        transport = response.connection.transport
+        transport.pause_reading()
+        while (await worker.queue.depth()).running or (await worker.queue.depth()).waiting:
+            await asyncio.sleep(0.01)
+        transport.resume_reading()
+        told = (await response.read()).decode()
+    events = [
+        json.loads(line.removeprefix("data: "))
+        for line in told.splitlines()
+        if line.startswith("data: ")
+    ]
+    assert [event["token"]["text"] for event in events] == words
+    assert events[-1]["generated_text"] == "".join(words)
+
+
 async def test_many_streams_at_once(session, worker):
     worker.script = lambda request: [request.id, " a", " b"]
 
