@@ -190,12 +190,13 @@ class Generator:
         self, request: GenerationRequest, *, keeps_special_tokens: bool = False
     ) -> Completion:
         """The whole answer to `request`; its text has the special tokens only when asked for. Raises FleetError."""
-        tokens: list[Token] = []
-        prompt: tuple[TopToken, ...] = ()
+        told: list[Frame] = []
         async with self.stream(request) as frames:
+            frames.listen(lambda: told.extend(frame for _, frame in frames.ready()))
             async for _, frame in frames:
-                tokens += frame.tokens
-                prompt = prompt or frame.prompt
+                told.append(frame)
+        tokens = [token for frame in told for token in frame.tokens]
+        prompt = next((frame.prompt for frame in told if frame.prompt), ())
         if frames.finish is None:
             raise Unavailable("This gateway is stopping; send the request again")
         assert frames.first_token_s is not None
