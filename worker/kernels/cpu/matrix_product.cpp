@@ -39,7 +39,7 @@ void multiply_panel(float *sums, const uint32_t *x, int64_t x_stride, const uint
                           num_pairs - k < DEPTH ? num_pairs - k : DEPTH, k == 0, count);
 }
 
-// finish(first, count, sums) for pieces of the rows.
+// function(first, count) for pieces of the rows.
 template <typename Function>
 void for_pieces(int64_t num_rows, const Function &function) {
     for (int64_t first = 0; first < num_rows; first += BATCH)
