@@ -68,19 +68,21 @@ class TokenJournal:
             restore: called when the broker has lost the request or frames that were taken.
         """
         subscription = self._subscriber.subscribe(self._keys.channel(request_id))
+        reader = JournalReader(
+            self._redis,
+            self._keys,
+            request_id,
+            subscription,
+            after=after,
+            expects=expects,
+            restore=restore,
+            hold_s=self._hold_s,
+        )
         try:
-            yield JournalReader(
-                self._redis,
-                self._keys,
-                request_id,
-                subscription,
-                after=after,
-                expects=expects,
-                restore=restore,
-                hold_s=self._hold_s,
-            )
+            yield reader
         finally:
             self._subscriber.unsubscribe(subscription)
+            reader.release()
 
     async def read(self, request_id: str) -> list[Frame]:
         """All frames that there are now."""
@@ -149,6 +151,12 @@ class JournalReader:
         """
         self._sink = sink
         self._subscription.on_items = self._offer
+
+    def release(self) -> None:
+        """Let go of the sink and of the caller's functions: they hold this reader, and a cycle would keep its frames
+        until the collector finds it."""
+        self._sink = self._restore = self.on_hold = self._subscription.on_items = None
+        self._taken.clear()
 
     def _offer(self) -> bool:
         """Let the sink have what came; whether the iteration must go on."""

@@ -30,7 +30,6 @@ def run_server(settings: GatewaySettings, metrics_folder: Path | None = None) ->
     """Serve until SIGTERM or SIGINT. Raises OSError when the port cannot be had."""
     configure_logging(settings.log_level, settings.json_output)
     gc.freeze()  # what was imported stays: a full collection need not walk through it
-    gc.set_threshold(10_000, 20, 50)  # requests leave few cycles: look for them a tenth as often
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(serve(settings, metrics_folder=metrics_folder))
 

@@ -1,6 +1,8 @@
 """Readers get every frame once and in order, whatever pub/sub does."""
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 from redis.asyncio import Redis
@@ -152,3 +154,18 @@ async def test_the_broker_hears_of_it_with_what_is_told_next(
             keys.channel("r1").encode(): 0
         }:
             await asyncio.sleep(0)
+
+
+async def test_a_reader_is_gone_with_its_stream(journal: TokenJournal, writer: Writer):
+    """At once: the frames of a long answer must not wait for the garbage collector."""
+    gc.disable()
+    try:
+        async with journal.open("r1") as reader:
+            reader.listen(reader.take_ready)
+            await writer.append(0)
+            assert await anext(reader) == (0, writer.frames[0])
+            left = weakref.ref(reader)
+        del reader
+        assert left() is None
+    finally:
+        gc.enable()
