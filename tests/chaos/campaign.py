@@ -15,7 +15,6 @@ from tests.chaos.results import Outcome
 from tests.chaos.sharded import ShardedModel
 
 PROMPT = "the quick brown fox jumps over the lazy dog"
-NUM_TOKENS = 16
 STEP_MS = 40.0
 STORM = "storm"
 
@@ -93,7 +92,7 @@ class Campaign:
         started = time.monotonic()
         arena.forget_salts()
         target = new_observation(
-            self._prompt, self._length, is_resuming=_is_resuming(fault, draw, 0.7)
+            self._prompt, self._length(fault), is_resuming=_is_resuming(fault, draw, 0.7)
         )
         if fault.prepare:
             await fault.prepare(arena, target)
@@ -119,9 +118,8 @@ class Campaign:
     def _prompt(self) -> str:
         return self._shards.prompt if self._shards else PROMPT
 
-    @property
-    def _length(self) -> int:
-        return self._shards.num_tokens if self._shards else NUM_TOKENS
+    def _length(self, fault: Fault) -> int:
+        return self._shards.num_tokens if self._shards else fault.num_tokens
 
     def _begin(
         self, arena: Arena, fault: Fault, target: Observation
@@ -132,7 +130,7 @@ class Campaign:
         others = [
             new_observation(
                 self._prompt,
-                arena.draw.randint(1, 2 * self._length),
+                arena.draw.randint(1, 2 * self._length(fault)),
                 is_resuming=_is_resuming(fault, arena.draw, 0.5) or fault.is_plain,
             )
             for _ in range(2)

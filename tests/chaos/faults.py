@@ -15,6 +15,10 @@ UNKNOWN = frozenset(
     {RequestNotFound.kind}
 )  # told to a client that only GETs, when all who knew it are gone
 
+NUM_TOKENS = 16
+# Nearly all of the prompt, which the echo model gives back: whoever took it over still writes when the first one wakes.
+NUM_TOKENS_PAUSED = 40
+
 Act = Callable[[Arena, Observation], Awaitable[None]]
 
 
@@ -33,6 +37,7 @@ class Fault:
     )  # explicit errors: where the broker lost data, or the deadline passed
     needs_shards: bool = False  # on a model in two shards rather than the echo model
     is_stormy: bool = True  # may come at any time
+    num_tokens: int = NUM_TOKENS  # of the stream that is looked at
 
 
 _p, _b, _c = process_faults, broker_faults, client_faults
@@ -40,7 +45,7 @@ _p, _b, _c = process_faults, broker_faults, client_faults
 _ROWS = (
     Fault("worker kill -9", _p.kill_worker, "123456"),
     Fault("worker SIGTERM", _p.drain_worker, "123456"),
-    Fault("worker pause > lease", _p.pause_worker_long, "2346"),
+    Fault("worker pause > lease", _p.pause_worker_long, "2346", num_tokens=NUM_TOKENS_PAUSED),
     Fault("worker pause < lease", _p.pause_worker_short, "2346"),
     Fault("shard kill -9", _p.kill_shard, "234", needs_shards=True, is_stormy=False),
     Fault("shard stopped", _p.stop_shard, "234", needs_shards=True, is_stormy=False),

@@ -57,7 +57,7 @@ async def test_nobody_loses_or_repeats_a_token_whatever_breaks():
     ],
 )
 async def test_broken_protocol_is_caught(sabotage: str, fault: str, finding: str | None):
-    names = [(fault, "P3", seed) for seed in range(8)]
+    names = [(fault, "P3", seed) for seed in range(16)]
     campaign = Campaign(sabotage=sabotage, end_after_s=LIMIT_S)
     found = Counter()
     async with aclosing(campaign.run(names)) as outcomes:

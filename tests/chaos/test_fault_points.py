@@ -7,8 +7,9 @@ import pytest
 
 from common.faults import FaultPoint
 from tests.chaos.arena import Arena
-from tests.chaos.campaign import NUM_TOKENS, PROMPT
+from tests.chaos.campaign import PROMPT
 from tests.chaos.client import ChaosClient
+from tests.chaos.faults import NUM_TOKENS
 from tests.simulation.streams import violations
 
 WORKER_POINTS = [
