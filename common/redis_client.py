@@ -18,8 +18,8 @@ from common.wire import BrokerAddress, SharedWire
 OLDEST_VERSION = (7, 0)
 BLOCK_MS = 1000  # longest wait of a blocking read; must stay below the socket timeout, which it does not extend
 _SOCKET_TIMEOUT_S = 3.0
+_BLOCKING = frozenset(("XREADGROUP",))  # on a shared connection all else would wait for its reply
 # What a broker says that cannot write now but will again: its disk is full, its replicas are away, a script runs.
-_BLOCKING = frozenset(("XREADGROUP",))
 _PASSING = ("MISCONF", "NOREPLICAS", "BUSY ")
 
 

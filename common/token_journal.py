@@ -4,7 +4,7 @@ The journal is a Redis list and the truth; the channel is only a fast path. A me
 base is taken as it is; anything else (a gap, a reconnect, a second of silence) makes the reader look at the list.
 A reader that can restore its request keeps the frames it took: a broker that lost them is given them again.
 
-    journal   | 0 | 1 | 2 | 3 | 4 |          next_index = 2
+    journal   | 0 | 1 | 2 | 3 | 4 |          next index: 2
                         ^ message 2:  take it      message 4: a gap, LRANGE 2 -1      message 1: known, drop
 """
 
@@ -57,11 +57,10 @@ class TokenJournal:
         self,
         request_id: str,
         *,
-        after: int = -1,
         expects: tuple[int, bytes] | None = None,
         restore: Restore | None = None,
     ) -> AsyncIterator["JournalReader"]:
-        """A reader of the frames behind index `after`. May be opened before the request is enqueued.
+        """A reader of all frames. May be opened before the request is enqueued.
 
         Args:
             expects: index and chain hash of a frame that the client has: if the journal's differs, it diverged.
@@ -73,7 +72,6 @@ class TokenJournal:
             self._keys,
             request_id,
             subscription,
-            after=after,
             expects=expects,
             restore=restore,
             hold_s=self._hold_s,
@@ -104,7 +102,6 @@ class JournalReader:
         request_id: str,
         subscription: Subscription,
         *,
-        after: int,
         expects: tuple[int, bytes] | None,
         restore: Restore | None,
         hold_s: float,
@@ -120,17 +117,11 @@ class JournalReader:
         self._subscription = subscription
         self._hold_s = hold_s
         self._chain = first_chain(request_id)
-        self._deliver_from = after + 1  # earlier frames are read only to know their chain hash
         self._ready: deque[tuple[int, Frame]] = deque()
         self._num_taken = 0
         self._is_ended = False
         self._error: Exception | None = None  # met ahead of the iteration
         self._sink: Callable[[], None] | None = None
-
-    @property
-    def next_index(self) -> int:
-        """Index of the frame that comes next."""
-        return self._ready[0][0] if self._ready else max(self._num_taken, self._deliver_from)
 
     def stop(self) -> None:
         """End the iteration before the next frame."""
@@ -274,8 +265,7 @@ class JournalReader:
             self._chain = next_chain(self._chain, frame.tokens)
             if frame.chain != self._chain:
                 raise StreamDiverged()
-        if self._num_taken >= self._deliver_from:
-            self._ready.append((self._num_taken, frame))
+        self._ready.append((self._num_taken, frame))
         if self._restore:
             self._taken.append(data)
         self._num_taken += 1

@@ -74,14 +74,6 @@ async def test_reader_that_comes_late_replays(journal: TokenJournal, writer: Wri
         assert await collect(reader) == list(enumerate(writer.frames))
 
 
-async def test_reader_resumes_behind_an_index(journal: TokenJournal, writer: Writer):
-    for index in range(len(TEXTS)):
-        await writer.append(index)
-    async with journal.open("r1", after=4) as reader:
-        assert reader.next_index == 5
-        assert await collect(reader, count=15) == list(enumerate(writer.frames))[5:]
-
-
 async def test_lost_messages_are_read_from_the_journal(journal: TokenJournal, writer: Writer):
     async with journal.open("r1") as reader:
         reading = asyncio.create_task(collect(reader))

@@ -11,8 +11,9 @@ from collections import Counter
 import click
 
 from tests.simulation.memory_broker import Lua
+from tests.simulation.scenarios import SCENARIOS
 from tests.simulation.streams import violations
-from tests.simulation.world import SCENARIOS, World
+from tests.simulation.world import World
 
 
 @click.command()

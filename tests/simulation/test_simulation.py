@@ -11,8 +11,9 @@ import common.lua
 import common.token_journal
 from common.token_journal import JournalReader, StreamDiverged
 from tests.simulation.memory_broker import Lua
+from tests.simulation.scenarios import BAD_WEATHER, SCENARIOS, Scenario
 from tests.simulation.streams import violations
-from tests.simulation.world import BAD_WEATHER, SCENARIOS, Scenario, World
+from tests.simulation.world import World
 
 HISTORIES = 8  # of each scenario; `python -m tests.simulation` plays as many as you like
 

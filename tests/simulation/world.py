@@ -5,20 +5,17 @@ same history again. Only HTTP is missing: a client here is a gateway's reading l
 """
 
 import asyncio
-import contextvars
 import random
 import signal
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
-from typing import Any
 from unittest import mock
 
 from redis.exceptions import RedisError
 
 from common.errors import FleetError, Unavailable
-from common.messages import GenerationRequest, Sampling, Stopping
+from common.messages import Frame, GenerationRequest, Sampling, Stopping
 from common.redis_client import open_redis
 from common.redis_keys import ModelKeys
 from common.request_queue import RequestQueue
@@ -26,6 +23,8 @@ from common.subscriber import Subscriber
 from common.token_journal import JournalReader, StreamDiverged, TokenJournal
 from tests.simulation.memory_broker import Lua, MemoryBroker
 from tests.simulation.network import SimNetwork, Weather
+from tests.simulation.process import SimProcess, adopt
+from tests.simulation.scenarios import FAULTS, Scenario
 from tests.simulation.streams import SeenStream
 from tests.simulation.virtual_loop import PROCESS, VirtualLoop
 from worker.engine.echo import load_echo
@@ -37,63 +36,6 @@ LEASE_S = 1.5
 CALM_AFTER_S = 12.0  # faults end here
 MOST_DEATHS = 20
 LIMIT_S = 120.0  # and by here every stream has ended
-
-Tasks = list[asyncio.Task]
-
-
-@dataclass(slots=True)
-class Scenario:
-    """What may happen in a history. Rates are per virtual second, over the whole fleet."""
-
-    num_workers: int = 2
-    num_gateways: int = 2
-    num_streams: int = 4
-    max_new_tokens: int = 10
-    step_s: float = 0.05
-    weather: Weather = field(default_factory=Weather)
-    kill_worker: float = 0.0
-    stop_worker: float = 0.0  # SIGSTOP for up to 1.7 leases
-    drain_worker: float = 0.0
-    kill_gateway: float = 0.0
-    cut_all: float = 0.0
-    pause_broker: float = 0.0
-    restart_broker: float = 0.0  # nothing is lost but the script cache
-    roll_back: float = 0.0  # restart with what it held up to 2 s ago
-    wipe: float = 0.0
-    flush_scripts: float = 0.0
-    leave: float = 0.0  # share of the streams whose client goes away
-    restores: bool = True  # gateways give back what the broker lost
-
-
-class SimProcess:
-    """A process: the tasks that belong to it, and whether it runs."""
-
-    def __init__(self, name: str, step_s: Callable[[], float]) -> None:
-        self.name = name
-        self.handlers: dict[int, Callable[[], None]] = {}
-        self.tasks: Tasks = []
-        self.stopped_until = 0.0
-        self.is_dead = False
-        self._step_s = step_s
-        self.closers: list[Callable[[], Coroutine]] = []
-
-    async def turn(self) -> None:
-        """Wait while the process is stopped; a dead one gets no further."""
-        loop = asyncio.get_running_loop()
-        while self.stopped_until > loop.time():
-            await asyncio.sleep(self.stopped_until - loop.time())
-        if self.is_dead:
-            raise ConnectionRefusedError("this process is dead")
-
-    async def compute(self) -> None:
-        await asyncio.sleep(self._step_s())
-        await self.turn()
-
-    def start(self, work: Callable[[], Coroutine]) -> asyncio.Task:
-        """Run `work` as this process' main task."""
-        context = contextvars.copy_context()
-        context.run(PROCESS.set, self)
-        return asyncio.get_running_loop().create_task(work(), name=self.name, context=context)
 
 
 class World:
@@ -107,7 +49,7 @@ class World:
         self.broker = MemoryBroker(lua, self.loop.time)
         self.network = SimNetwork(self.broker, self.draw, scenario.weather)
         self.loop.network = self.network
-        self.loop.set_task_factory(_adopt)
+        self.loop.set_task_factory(adopt)
         self.keys = ModelKeys("echo")
         self.salts: list[str] = []
         self.workers: list[SimProcess] = []
@@ -233,7 +175,7 @@ class World:
             connection._lose()
         await self._cancel(process.tasks)
 
-    async def _cancel(self, tasks: Tasks) -> None:
+    async def _cancel(self, tasks: list[asyncio.Task]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -282,20 +224,17 @@ class World:
 
             expects = (last, stream.frames[-1][1].chain) if stream.frames else None
             async with journal.open(
-                request.id,
-                after=last,
-                expects=expects,
-                restore=restore if self.scenario.restores else None,
+                request.id, expects=expects, restore=restore if self.scenario.restores else None
             ) as reader:
                 try:
                     if expects:
                         await reader.catch_up()
                     await queue.enqueue(request, max_waiting=1000)
                     if leaves_after is None:
-                        reader.listen(lambda: self._take_ready(stream, reader))
+                        reader.listen(lambda: self._take_ready(stream, reader, last))
                     async for item in reader:
-                        stream.frames.append(item)
-                        self._take_ready(stream, reader)
+                        _see(stream, item, last)
+                        self._take_ready(stream, reader, last)
                         if leaves_after is not None and len(stream.frames) > leaves_after:
                             await queue.cancel(request.id)
                             stream.is_left = True
@@ -307,15 +246,15 @@ class World:
                 except FleetError as error:
                     stream.error = error.kind
 
-    def _take_ready(self, stream: SeenStream, reader: JournalReader) -> None:
+    def _take_ready(self, stream: SeenStream, reader: JournalReader, last: int) -> None:
         """What a gateway does when frames come; its client may be behind."""
         while self.draw.random() < 0.8 and (item := reader.take_ready()) is not None:
-            stream.frames.append(item)
+            _see(stream, item, last)
 
     # Faults
 
     async def _faults(self) -> None:
-        rates = {name: getattr(self.scenario, name) for name in _FAULTS}
+        rates = {name: getattr(self.scenario, name) for name in FAULTS}
         total = sum(rates.values())
         self._snapshots.append((self.loop.time(), self.broker.snapshot()))
         if not total:
@@ -403,56 +342,7 @@ class World:
         self.broker.execute(b"SCRIPT", b"FLUSH")
 
 
-# Scenarios by name, what `python -m tests.simulation` and the tests play.
-BAD_WEATHER = Weather(cut_before=0.01, cut_after=0.01, ghost=0.3, lose_message=0.02)
-SCENARIOS: dict[str, Scenario] = {
-    "calm": Scenario(),
-    "bad network": Scenario(weather=replace(BAD_WEATHER, cut_before=0.03, cut_after=0.03)),
-    "processes die": Scenario(
-        kill_worker=0.4, stop_worker=0.3, drain_worker=0.3, kill_gateway=0.3, leave=0.1
-    ),
-    "broker trouble": Scenario(
-        cut_all=0.3, pause_broker=0.2, restart_broker=0.2, flush_scripts=0.1, weather=BAD_WEATHER
-    ),
-    "broker loses its tail": Scenario(roll_back=0.2, weather=BAD_WEATHER),
-    "broker loses all": Scenario(wipe=0.2, kill_gateway=0.1),
-    "everything": Scenario(
-        num_workers=3,
-        num_streams=6,
-        weather=BAD_WEATHER,
-        kill_worker=0.3,
-        stop_worker=0.3,
-        drain_worker=0.2,
-        kill_gateway=0.2,
-        cut_all=0.3,
-        pause_broker=0.1,
-        restart_broker=0.1,
-        roll_back=0.1,
-        wipe=0.03,
-        flush_scripts=0.1,
-        leave=0.1,
-    ),
-}
-
-_FAULTS = (
-    "kill_worker",
-    "stop_worker",
-    "drain_worker",
-    "kill_gateway",
-    "cut_all",
-    "pause_broker",
-    "restart_broker",
-    "roll_back",
-    "wipe",
-    "flush_scripts",
-)
-
-
-def _adopt(loop: asyncio.AbstractEventLoop, coroutine: Any, context: Any = None) -> asyncio.Task:
-    """Make a task that its process knows of."""
-    process = context.get(PROCESS) if context is not None else PROCESS.get(None)
-    task = asyncio.Task(coroutine, loop=loop, context=context)
-    if process is not None:
-        process.tasks.append(task)
-        task.add_done_callback(process.tasks.remove)
-    return task
+def _see(stream: SeenStream, item: tuple[int, Frame], last: int) -> None:
+    """Note a frame, unless it is one of those up to `last`, which the client had when it came back."""
+    if item[0] > last:
+        stream.frames.append(item)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks.fresh_memory import fresh_memory_s
 from tests.benchmarks.loading import Round, plain_reading_s, shortcomings, table
 from tests.benchmarks.memory_peak import MemoryPeak, MemoryWatch, cpu_seconds, total_bytes
 from tests.benchmarks.random_checkpoint import LlamaShape, write_checkpoint
@@ -26,6 +27,7 @@ def test_random_checkpoint_is_one_of_several_files_that_loads(tmp_path: Path) ->
     assert len(files) > 2
     assert num_bytes < sum(file.stat().st_size for file in files) < num_bytes + 20_000
     assert plain_reading_s(files) > 0
+    assert fresh_memory_s(num_bytes, 2) > 0
     settings = WorkerSettings(model_id=str(tmp_path), device="cpu", dtype="bfloat16", threads=1)
     loaded = build_engine(settings)
     assert loaded.architecture == "LlamaForCausalLM"
@@ -58,11 +60,13 @@ def test_memory_of_children_counts_and_that_of_the_file_cache_does_not(tmp_path:
 
 def test_limits_are_on_the_median_of_cold_rounds_and_on_the_highest_peak() -> None:
     def a_round(is_cold: bool, load_s: float, rss: int = 5 * GIB) -> Round:
-        return Round(is_cold, 1.0, load_s, 2.0, MemoryPeak(4 * GIB, rss, 0))
+        return Round(is_cold, 4.0, 1.0, load_s, 2.0, MemoryPeak(4 * GIB, rss, 0))
 
     good = [a_round(True, 1.2), a_round(True, 9.0), a_round(True, 1.3), a_round(False, 20.0)]
     assert shortcomings(good, 10 * GIB) == []
-    assert "| cold | 2.15 | 1.65 | 77% | 0.93 | 4.00 GiB, 40.0% |" in table(good, 2 * GIB, 10 * GIB)
+    assert "| cold | 0.54 | 2.15 | 1.65 | 77% | 0.93 | 4.00 GiB, 40.0% |" in table(
+        good, 2 * GIB, 10 * GIB
+    )
     slow = [a_round(True, 1.5), a_round(True, 1.6, rss=7 * GIB)]
     speed, memory = shortcomings(slow, 10 * GIB)
     assert speed == "missed: 65% of plain reading, not 70%"

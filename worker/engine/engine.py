@@ -10,7 +10,12 @@ import torch
 from common.errors import FleetError
 from worker.engine.batch import Batch, BlockTables, GroupLimits
 from worker.engine.loaded import Engine, LoadedModel
-from worker.engine.memory import KvShape, allocate_kv_cache, plan_kv_cache
+from worker.engine.memory import (
+    KvShape,
+    allocate_kv_cache,
+    has_room_for_file_cache,
+    plan_kv_cache,
+)
 from worker.engine.paged_runner import EncoderDecoderModel, PagedModel, PagedRunner
 from worker.engine.plan import (
     Chunk,
@@ -180,9 +185,15 @@ def _build(settings: WorkerSettings, shard: Shard) -> LoadedModel:
     config = make_model.read_config(hf_config)
     resolve_max_total_tokens(settings, config)  # refuses before anything is loaded
     model = make_model(config, build).eval()
-    names = make_model.weight_names(config)
-    progress = in_log(log) if shard.rank == 0 else None
-    load_weights(model, names, folder.weight_files(), device, progress=progress)
+    files = folder.weight_files()
+    load_weights(
+        model,
+        make_model.weight_names(config),
+        files,
+        device,
+        progress=in_log(log) if shard.rank == 0 else None,
+        drops_cache=not has_room_for_file_cache(files),
+    )
     return serve_paged(settings, folder, build, config, model, served_by="engine")
 
 

@@ -1,6 +1,7 @@
 """How many tokens the KV cache holds, and its memory. Knows sizes, not models."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import torch
 
 from worker.engine.plan import KvCacheLayout
 from worker.layers.attention import KvCache
+
+# Of the free memory. What is larger would not stay: weights and KV cache take its place.
+FILE_CACHE_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,12 @@ def free_memory_bytes(device: torch.device) -> int:
     if limit.exists() and (text := limit.read_text().strip()) != "max":
         limits.append(int(text) - int(used.read_text()))
     return max(0, min(limits))
+
+
+def has_room_for_file_cache(files: Sequence[Path]) -> bool:
+    """Whether these files may stay in the kernel's cache, where the next start finds them."""
+    num_bytes = sum(file.stat().st_size for file in files)
+    return num_bytes <= FILE_CACHE_SHARE * free_memory_bytes(torch.device("cpu"))
 
 
 def _untouched_zeros(sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

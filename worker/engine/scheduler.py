@@ -88,11 +88,6 @@ class Scheduler:
         return self._blocks.num_used
 
     @property
-    def num_free_blocks(self) -> int:
-        """Blocks that can be had, those of the prefix cache that nobody uses included."""
-        return self._blocks.num_free
-
-    @property
     def sequences(self) -> Iterator[Sequence]:
         """All live sequences, running ones first."""
         yield from self._running

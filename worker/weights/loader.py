@@ -35,8 +35,10 @@ def load_weights(
     device: torch.device,
     *,
     progress: Progress | None = None,
+    drops_cache: bool = False,
 ) -> None:
-    """Fill every parameter of `model`, which was built on the meta device.
+    """Fill every parameter of `model`, which was built on the meta device. With `drops_cache` the
+    files do not stay in the kernel's cache.
 
     Raises:
         WeightError: tensors are missing, unexpected, of another shape, or stored twice; nothing
@@ -49,12 +51,14 @@ def load_weights(
     filling = _Filling(model, matching, device, progress)
     count = "1 file" if len(files) == 1 else f"{len(files)} files"
     with progress.stage(f"Loading {count}, {num_bytes / 1e9:.1f} GB"):
-        _deliver(filling, matching.deliveries, device)
+        _deliver(filling, matching.deliveries, device, drops_cache=drops_cache)
         for target, source in matching.shared:
             filling.share(target, source)
 
 
-def _deliver(filling: "_Filling", deliveries: Sequence[Delivery], device: torch.device) -> None:
+def _deliver(
+    filling: "_Filling", deliveries: Sequence[Delivery], device: torch.device, *, drops_cache: bool
+) -> None:
     """Let a few threads fill what each takes next."""
     remaining = iter(deliveries)
     is_over = threading.Event()  # for all, as soon as one fails
@@ -63,7 +67,8 @@ def _deliver(filling: "_Filling", deliveries: Sequence[Delivery], device: torch.
         torch.set_num_threads(1)  # the threads here are as many as there should be
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        with BlockReader(is_pinned=device.type == "cuda") as reader:
+        is_pinned = device.type == "cuda"
+        with BlockReader(is_pinned=is_pinned, drops_cache=drops_cache) as reader:
             for delivery in remaining:
                 if is_over.is_set():
                     return

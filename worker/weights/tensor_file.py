@@ -23,6 +23,7 @@ from worker.weights.files import ModelFilesError
 
 # Small enough to stay in a core's cache between the read and the copy into a parameter.
 BLOCK_BYTES = 2 * 2**20
+_LARGEST_FOLIO = 2 * 2**20
 _LONGEST_HEADER = 100_000_000  # as in the reference implementation
 
 _DTYPES = {
@@ -120,9 +121,15 @@ class BlockReader:
     """Reads rows through one buffer, which every block overwrites. For one thread; each has its
     own file position and so its own read-ahead."""
 
-    def __init__(self, *, is_pinned: bool) -> None:
-        """`is_pinned`: a GPU can fetch from the buffer by itself."""
+    def __init__(self, *, is_pinned: bool, drops_cache: bool) -> None:
+        """Args:
+        is_pinned: a GPU can fetch from the buffer by itself.
+        drops_cache: the kernel forgets a block as soon as it was read, and has its pages for the
+            next one. Fresh pages for a whole file can cost more than to read it, most of all on a
+            virtual machine, whose host has to find each.
+        """
         self._is_pinned = is_pinned
+        self._drops_cache = drops_cache
         self._buffer = self._room_for(BLOCK_BYTES)
         self._file: FileIO | None = None
         self._path: Path | None = None
@@ -145,7 +152,10 @@ class BlockReader:
         for start in range(first, last, per_block):
             num_rows = min(per_block, last - start)
             block = self._buffer[: num_rows * tensor.row_bytes]
-            self._read(block, tensor.offset + start * tensor.row_bytes)
+            offset = tensor.offset + start * tensor.row_bytes
+            self._read(block, offset)
+            if self._drops_cache:
+                self._drop(offset, offset + len(block))
             yield start, block.view(tensor.dtype).view(num_rows, *tensor.shape[1:])
 
     def _close(self) -> None:
@@ -165,6 +175,12 @@ class BlockReader:
             if num_bytes == 0:
                 raise ModelFilesError(f"{self._path} became shorter while it was read")
             rest, offset = rest[num_bytes:], offset + num_bytes
+
+    def _drop(self, start: int, end: int) -> None:
+        """Let the kernel forget these bytes. It forgets no folio (up to 2 MiB in one) that is only
+        partly meant, so each block also names the one before it, where its first folio begins."""
+        start = max(0, start - _LARGEST_FOLIO)
+        os.posix_fadvise(self._file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
 
     def _room_for(self, num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._is_pinned)

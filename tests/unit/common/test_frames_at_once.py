@@ -20,7 +20,7 @@ class Listener:
 
     def __init__(self) -> None:
         self.subscription = Subscription(b"channel")
-        values = dict(after=-1, expects=None, restore=None, hold_s=1.0)
+        values = dict(expects=None, restore=None, hold_s=1.0)
         self.reader = JournalReader(None, ModelKeys("m"), "r1", self.subscription, **values)
         self.taken: list[int] = []
         self.is_open = True

@@ -21,7 +21,7 @@ def subscription() -> Subscription:
 
 @pytest.fixture
 async def reader(subscription: Subscription) -> JournalReader:
-    values = dict(after=-1, expects=None, restore=None, hold_s=1.0)
+    values = dict(expects=None, restore=None, hold_s=1.0)
     return JournalReader(None, ModelKeys("m"), "r1", subscription, **values)
 
 
