@@ -158,9 +158,12 @@ class SharedWire:
         self._timeout_s = timeout_s
         self._wire: Wire | None = None
         self._opening: asyncio.Task[Wire] | None = None
+        self._is_closed = False
 
     async def call(self, command: Sequence[Any]) -> Any:
-        """The reply to a command. Raises RedisError: also what the broker answers with."""
+        """The reply to a command. Raises RedisError: also what the broker answers with, and after `close`."""
+        if self._is_closed:
+            raise ConnectionError("the client was closed")
         wire = self._wire
         if wire is None or not wire.is_open:
             wire = await self._opened()
@@ -172,6 +175,7 @@ class SharedWire:
         return reply
 
     async def close(self) -> None:
+        self._is_closed = True
         if self._opening:
             self._opening.cancel()
             await asyncio.gather(self._opening, return_exceptions=True)

@@ -16,7 +16,7 @@ class FaultProxy:
         self.upstream_port = upstream_port  # of connections that come from now on
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
-        self._pumps: set[asyncio.Task] = set()
+        self._tasks: set[asyncio.Task] = set()
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -25,9 +25,9 @@ class FaultProxy:
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
         self.cut()
-        for task in self._pumps:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     @property
     def url(self) -> str:
@@ -40,22 +40,27 @@ class FaultProxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
-        if self.mode == "reset":
+        if self.mode == "reset" or not self._server.is_serving():
             _reset(writer)
             return
+        self._own(asyncio.current_task())
+        self._writers.add(writer)
         try:
             up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self.upstream_port)
         except OSError:
+            self._writers.discard(writer)
             _reset(writer)
             return
-        self._writers |= {writer, up_writer}
-        for source, target, is_reply in ((reader, up_writer, False), (up_reader, writer, True)):
-            task = asyncio.create_task(self._pump(source, target, is_reply))
-            self._pumps.add(task)
-            task.add_done_callback(self._pumps.discard)
+        self._writers.add(up_writer)
+        self._own(asyncio.create_task(self._pump(reader, up_writer, is_reply=False)))
+        self._own(asyncio.create_task(self._pump(up_reader, writer, is_reply=True)))
+
+    def _own(self, task: asyncio.Task) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _pump(
-        self, source: asyncio.StreamReader, target: asyncio.StreamWriter, is_reply: bool
+        self, source: asyncio.StreamReader, target: asyncio.StreamWriter, *, is_reply: bool
     ) -> None:
         try:
             while data := await source.read(65536):

@@ -69,7 +69,7 @@ async def served_until(port: int, context: ssl.SSLContext) -> int:
     """When the certificate that new connections are shown ends."""
     _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
     serial = writer.get_extra_info("peercert")["serialNumber"]
-    writer.close()
+    writer.transport.abort()
     return int(serial, 16)
 
 

@@ -41,6 +41,10 @@ class Broker:
     def hang_up(self) -> None:
         self._writers[-1].transport.abort()
 
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+
 
 @pytest.fixture
 async def broker(tmp_path: Path) -> AsyncIterator[Broker]:
@@ -48,6 +52,7 @@ async def broker(tmp_path: Path) -> AsyncIterator[Broker]:
     server = await asyncio.start_unix_server(broker.serve, tmp_path / "broker.sock")
     yield broker
     server.close()
+    broker.close()
 
 
 @pytest.fixture
@@ -187,8 +192,10 @@ async def test_all_cancelled_at_once_while_it_connects(tmp_path: Path):
 
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         accepted.set()
-        await reader.read()
-        writer.close()
+        try:
+            await reader.read()
+        finally:
+            writer.transport.abort()
 
     server = await asyncio.start_unix_server(silent, tmp_path / "silent.sock")
     shared = SharedWire(BrokerAddress.parse(f"unix://:x@{tmp_path}/silent.sock"), timeout_s=5)
@@ -209,3 +216,14 @@ async def test_who_waits_while_it_is_closed_hears_of_it(broker: Broker, tmp_path
     await shared.close()
     with pytest.raises(ConnectionError, match="closed"):
         await caller
+
+
+async def test_once_closed_it_opens_no_connection_any_more(shared: SharedWire, broker: Broker):
+    call = asyncio.create_task(shared.call(("GET", "a")))
+    await broker.commands.get()
+    broker.answer(b":1\r\n")
+    assert await call == 1
+    await shared.close()
+    with pytest.raises(ConnectionError, match="the client was closed"):
+        await shared.call(("GET", "a"))
+    assert broker.num_connections == 1
