@@ -83,6 +83,7 @@ def code_digest() -> str:
 def append(path: Path, code: str, outcome: Outcome) -> None:
     """One line, in one write: several campaigns may share a file."""
     row = {field.name: getattr(outcome, field.name) for field in fields(outcome)}
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps({"code": code, **row}) + "\n")
 
