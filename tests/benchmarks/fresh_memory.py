@@ -1,4 +1,4 @@
-"""How long the machine takes to give memory that nobody has touched: no load can be faster than that.
+"""How long the machine takes to give memory that nobody has touched: no load can be faster.
 
 On a virtual machine it can be the slowest part by far, because the host has to find each page.
 """
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 def fresh_memory_s(num_bytes: int, num_threads: int) -> float:
-    """Seconds until as many threads have written to `num_bytes` of new memory. It is freed again."""
+    """Seconds until so many threads have written to `num_bytes` of new memory. It is freed again."""
     started_at = time.perf_counter()
     with ThreadPoolExecutor(num_threads) as pool:
         shares = list(pool.map(_touched, [num_bytes // num_threads] * num_threads))

@@ -5,10 +5,10 @@
 
 Random bfloat16 weights in the shape of Llama are written to the disk, then loaded by a real worker
 (`tokenfleet worker --num-shard 2`) and read by one loop through one buffer, in turns. Before a cold
-round the kernel forgets the files; before a warm one it has read them. Then both wait until the
-memory that this freed is fresh again, and how fast fresh memory can be had is measured, too: a load
-needs as much of it as the weights take, plain reading only a file cache. A load's time is from the first shard's log line to the last
-shard's weights being in memory and packed.
+round the kernel forgets the files; before a warm one it has read them. Then it waits until the
+memory that this freed is fresh again. How fast fresh memory can be had is measured, too: a load
+needs as much of it as the weights take. A load's time is from the first shard's log line to the
+last shard's weights being in memory and packed.
 """
 
 import json
@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,14 +36,15 @@ BUFFER_BYTES = 2**20  # of plain reading; as `dd bs=1M`
 MOST_OF_MEMORY = 0.6
 LEAST_SPEED = 0.7  # of plain reading
 LOAD_TIMEOUT_S = 900.0
-# Memory that was freed goes back to a virtual machine's host within seconds, and costs several times as much to get
-# again. Reading at once would have the memory of the file cache that was just dropped; no load is as quick.
+# Memory that was freed goes back to a virtual machine's host within seconds, and costs several times
+# as much to get again. Reading at once would have the memory of the file cache that was just
+# dropped; no load is as quick.
 SETTLE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One plain reading and one load, with the kernel's file cache in the same state, and a limit of loads."""
+    """Fresh memory, plain reading and a load, with the kernel's file cache in the same state."""
 
     is_cold: bool
     memory_s: float  # for as much memory as the weights take
@@ -181,9 +182,8 @@ def _logging_child(command: list[str]) -> Iterator[tuple[Child, TimedLog]]:
         yield child, TimedLog(reading)
     finally:
         child.terminate()
-        give_up_at = time.monotonic() + 30
-        while child.exit_code is None and time.monotonic() < give_up_at:
-            time.sleep(0.05)
+        with suppress(TimeoutError):
+            child.wait(30)
         child.kill()
 
 

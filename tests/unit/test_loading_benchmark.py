@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.fresh_memory import fresh_memory_s
 from tests.benchmarks.loading import Round, plain_reading_s, shortcomings, table
 from tests.benchmarks.memory_peak import MemoryPeak, MemoryWatch, cpu_seconds, total_bytes
 from tests.benchmarks.random_checkpoint import LlamaShape, write_checkpoint
@@ -27,10 +26,20 @@ def test_random_checkpoint_is_one_of_several_files_that_loads(tmp_path: Path) ->
     assert len(files) > 2
     assert num_bytes < sum(file.stat().st_size for file in files) < num_bytes + 20_000
     assert plain_reading_s(files) > 0
-    assert fresh_memory_s(num_bytes, 2) > 0
     settings = WorkerSettings(model_id=str(tmp_path), device="cpu", dtype="bfloat16", threads=1)
     loaded = build_engine(settings)
     assert loaded.architecture == "LlamaForCausalLM"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, as the benchmark does")
+def test_fresh_memory_is_written_to() -> None:
+    code = (
+        "import re; from tests.benchmarks.fresh_memory import fresh_memory_s\n"
+        "peak = lambda: int(re.search('VmHWM:\\\\s+(\\\\d+)', open('/proc/self/status').read())[1])\n"
+        "before = peak(); assert fresh_memory_s(64 * 2**20, 2) > 0; print(peak() - before)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 60 * 1024 < int(told.stdout) < 80 * 1024
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, as the benchmark does")

@@ -23,7 +23,7 @@ from worker.weights.files import ModelFilesError
 
 # Small enough to stay in a core's cache between the read and the copy into a parameter.
 BLOCK_BYTES = 2 * 2**20
-_LARGEST_FOLIO = 2 * 2**20
+_LARGEST_FOLIO_BYTES = 2 * 2**20
 _LONGEST_HEADER = 100_000_000  # as in the reference implementation
 
 _DTYPES = {
@@ -179,7 +179,7 @@ class BlockReader:
     def _drop(self, start: int, end: int) -> None:
         """Let the kernel forget these bytes. It forgets no folio (up to 2 MiB in one) that is only
         partly meant, so each block also names the one before it, where its first folio begins."""
-        start = max(0, start - _LARGEST_FOLIO)
+        start = max(0, start - _LARGEST_FOLIO_BYTES)
         os.posix_fadvise(self._file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
 
     def _room_for(self, num_bytes: int) -> torch.Tensor:

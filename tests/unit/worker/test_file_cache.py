@@ -30,7 +30,7 @@ def read_all(file: Path, *, drops_cache: bool) -> torch.Tensor:
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tensor_file, "BLOCK_BYTES", 100)
-    monkeypatch.setattr(tensor_file, "_LARGEST_FOLIO", 10)
+    monkeypatch.setattr(tensor_file, "_LARGEST_FOLIO_BYTES", 10)
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.arange(200).view(50, 4).float()}, path)
     return path
