@@ -10,7 +10,7 @@ from collections import Counter
 
 import click
 
-from tests.simulation.memory_broker import Lua
+from tests.simulation.lua import Lua
 from tests.simulation.scenarios import SCENARIOS
 from tests.simulation.streams import violations
 from tests.simulation.world import World

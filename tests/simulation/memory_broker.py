@@ -7,25 +7,14 @@ on this and on a real server, so that it cannot drift from the truth. Everything
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lupa.lua51 import LuaRuntime, lua_type
+from tests.simulation.lua import Lua
+from tests.simulation.replies import OK, Error, Status, Value
 
-Value = Any  # what a reply consists of: bytes, int, None, list of them, Status, or an Error
 EntryId = tuple[int, int]
-
-
-class Error(Exception):
-    """An error reply, with its code as the first word."""
-
-
-class Status(bytes):
-    """A status reply such as OK."""
-
-
-OK = Status(b"OK")
 
 
 @dataclass(slots=True)
@@ -41,63 +30,6 @@ class Stream:
     entries: dict[EntryId, list[bytes]] = field(default_factory=dict)
     last: EntryId = (0, 0)
     groups: dict[bytes, Group] = field(default_factory=dict)
-
-
-class Lua:
-    """The script engine. One for many brokers: a script is compiled once."""
-
-    def __init__(self) -> None:
-        self._runtime = LuaRuntime(encoding=None, unpack_returned_tuples=True)
-        self._compiled: dict[bytes, Any] = {}
-        self._call: Callable[..., Value] | None = None
-        self._to_table = self._runtime.table_from
-        lua = self._runtime.globals()
-        lua[b"redis"] = self._to_table({b"call": self._redis_call, b"pcall": self._redis_pcall})
-
-    def run(
-        self, source: bytes, keys: list[bytes], args: list[bytes], call: Callable[..., Value]
-    ) -> Value:
-        """Run a script whose commands go to `call`."""
-        script = self._compiled.get(source)
-        if script is None:
-            code = b"return function(KEYS, ARGV)\n" + source + b"\nend"
-            script = self._compiled[source] = self._runtime.execute(code)
-        self._call = call
-        return self._to_reply(script(self._to_table(keys), self._to_table(args)))
-
-    def _redis_call(self, *parts: Any) -> Any:
-        assert self._call is not None
-        return self._to_lua(self._call(*map(_argument, parts)))
-
-    def _redis_pcall(self, *parts: Any) -> Any:
-        try:
-            return self._redis_call(*parts)
-        except Error as error:
-            return self._to_table({b"err": str(error).encode()})
-
-    def _to_lua(self, reply: Value) -> Any:
-        if reply is None:
-            return False
-        if isinstance(reply, Status):
-            return self._to_table({b"ok": bytes(reply)})
-        if isinstance(reply, list):
-            return self._to_table([self._to_lua(item) for item in reply])
-        return reply
-
-    def _to_reply(self, value: Any) -> Value:
-        if value is None or value is False:
-            return None
-        if value is True:
-            return 1
-        if isinstance(value, (int, float)):
-            return int(value)
-        if lua_type(value) == "table":
-            items, index = [], 1
-            while (item := value[index]) is not None:
-                items.append(self._to_reply(item))
-                index += 1
-            return items
-        return value
 
 
 class MemoryBroker:
@@ -394,33 +326,6 @@ class MemoryBroker:
                 group.last = fresh[-1]
                 found.append([key, [[_entry(entry), stream.entries[entry]] for entry in fresh]])
         return found or None
-
-
-def encode_reply(reply: Value) -> bytes:
-    """A reply as RESP2."""
-    if isinstance(reply, Status):
-        return b"+%s\r\n" % reply
-    if isinstance(reply, Error):
-        return b"-%s\r\n" % str(reply).encode()
-    if reply is None:
-        return b"$-1\r\n"
-    if isinstance(reply, int):
-        return b":%d\r\n" % reply
-    if isinstance(reply, bytes):
-        return b"$%d\r\n%s\r\n" % (len(reply), reply)
-    return b"*%d\r\n%s" % (len(reply), b"".join(map(encode_reply, reply)))
-
-
-def commands(items: Iterable[Any]) -> list[bytes]:
-    """A command's parts as a client would send them."""
-    return [item if isinstance(item, bytes) else str(item).encode() for item in items]
-
-
-def _argument(value: Any) -> bytes:
-    """Lua's numbers become text as in Redis."""
-    if isinstance(value, bytes):
-        return value
-    return b"%d" % int(value) if float(value).is_integer() else repr(float(value)).encode()
 
 
 def _entry(entry: EntryId) -> bytes:

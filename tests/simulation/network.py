@@ -14,7 +14,8 @@ from typing import Any
 
 import hiredis
 
-from tests.simulation.memory_broker import OK, Error, MemoryBroker, Status, encode_reply
+from tests.simulation.memory_broker import MemoryBroker
+from tests.simulation.replies import OK, Error, Status, encode_reply
 from tests.simulation.virtual_loop import PROCESS
 
 

@@ -29,7 +29,8 @@ from common.request_queue import (
     RequestQueue,
 )
 from tests.requests import a_request, frames_of
-from tests.simulation.memory_broker import Lua, MemoryBroker
+from tests.simulation.lua import Lua
+from tests.simulation.memory_broker import MemoryBroker
 from tests.simulation.network import SimNetwork, Weather
 from tests.simulation.oracle import Oracle, OracleEntry
 from tests.simulation.virtual_loop import PROCESS, VirtualLoop

@@ -10,7 +10,7 @@ import pytest
 import common.lua
 import common.token_journal
 from common.token_journal import JournalReader, StreamDiverged
-from tests.simulation.memory_broker import Lua
+from tests.simulation.lua import Lua
 from tests.simulation.scenarios import BAD_WEATHER, SCENARIOS, Scenario
 from tests.simulation.streams import violations
 from tests.simulation.world import World

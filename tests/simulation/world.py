@@ -21,7 +21,8 @@ from common.redis_keys import ModelKeys
 from common.request_queue import RequestQueue
 from common.subscriber import Subscriber
 from common.token_journal import JournalReader, StreamDiverged, TokenJournal
-from tests.simulation.memory_broker import Lua, MemoryBroker
+from tests.simulation.lua import Lua
+from tests.simulation.memory_broker import MemoryBroker
 from tests.simulation.network import SimNetwork, Weather
 from tests.simulation.process import SimProcess, adopt
 from tests.simulation.scenarios import FAULTS, Scenario
