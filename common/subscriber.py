@@ -9,7 +9,6 @@ import asyncio
 import logging
 import random
 import ssl
-from collections import deque
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -26,62 +25,59 @@ _LONGEST_PAUSE_S = 0.5
 _CHANNELS_PER_COMMAND = 500
 _MAX_WAITING = 256  # messages a slow listener may leave unread; more are dropped and read from the journal later
 
-LOOK = None  # an item of a subscription: messages may have been missed, look at the journal
-
 
 class Subscription:
-    """Messages of one channel. Items are bytes, or LOOK."""
+    """Messages of one channel, and whether some may have been missed."""
 
-    __slots__ = ("_items", "_waiter", "channel", "is_idle", "on_items")
+    __slots__ = ("_messages", "_waiter", "channel", "is_idle", "must_look", "on_messages")
 
     def __init__(self, channel: bytes) -> None:
         self.channel = channel
-        self.is_idle = False  # no item since the last tick
-        # Called while somebody waits in `get`; may take what came, and says whether the wait must end all the same.
-        self.on_items: Callable[[], bool] | None = None
-        self._items: deque[bytes | None] = deque()
+        self.is_idle = False  # nothing since the last tick
+        self.must_look = False  # at the journal, before any message is taken
+        # Called while somebody waits; may take what came, and says whether the wait must end all the same.
+        self.on_messages: Callable[[], bool] | None = None
+        self._messages: list[bytes] = []
         self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, item: bytes | None) -> None:
-        self.add(item)
+    def add(self, message: bytes) -> None:
+        """A message without `wake`, which is called once for all that came together."""
+        self.is_idle = False
+        if len(self._messages) < _MAX_WAITING:
+            self._messages.append(message)
+        else:
+            self._messages.clear()
+            self.must_look = True
+
+    def look(self) -> None:
+        """Messages may have been missed."""
+        self.is_idle, self.must_look = False, True
         self.wake()
 
-    def add(self, item: bytes | None) -> None:
-        """An item without `wake`, which is called once for all that came together."""
-        self.is_idle = False
-        if len(self._items) >= _MAX_WAITING:
-            self._items.clear()
-            item = LOOK
-        self._items.append(item)
-
     def wake(self) -> None:
-        """End the wait in `get`, unless `on_items` took all."""
-        if self._waiter is None or self._waiter.done():
+        """End the wait, unless `on_messages` took all."""
+        waiter = self._waiter
+        if waiter is None:
             return
-        if self.on_items is None or self.on_items() or self._items:
-            self._waiter.set_result(None)
+        if self.on_messages is None or self.on_messages() or self.must_look or self._messages:
+            self._waiter = None
+            if not waiter.done():  # cancelled, but it has not run yet
+                waiter.set_result(None)
 
-    def drop_looks(self) -> None:
-        """Forget the LOOKs that came so far."""
-        self._items = deque(item for item in self._items if item is not LOOK)
+    def take(self) -> list[bytes]:
+        """The messages that are here."""
+        taken, self._messages = self._messages, []
+        return taken
 
-    def look_first(self) -> None:
-        """Look before anything else."""
-        self._items.appendleft(LOOK)
-
-    def take(self) -> bytes | None:
-        """The next item if it is a message that is here already, else None: a LOOK stays."""
-        return self._items.popleft() if self._items and self._items[0] is not LOOK else None
-
-    async def get(self) -> bytes | None:
-        """The next item, or LOOK when `on_items` ended the wait. One caller at a time."""
-        if not self._items:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        return self._items.popleft() if self._items else LOOK
+    async def wait(self) -> None:
+        """Until there is a message or a reason to look, or `on_messages` ends it. One caller at a time."""
+        if self.must_look or self._messages:
+            return
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
 
 
 class Subscriber:
@@ -89,9 +85,8 @@ class Subscriber:
 
     def __init__(self, url: str) -> None:
         self._address = BrokerAddress.parse(url)
-        self._subscriptions: dict[bytes, list[Subscription]] = {}
+        self._subscriptions: dict[bytes, tuple[Subscription, ...]] = {}
         self._left: list[bytes] = []  # channels that the broker still sends us
-        self._told: dict[Subscription, None] = {}  # by what was read last
         self._connection: _Connection | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -113,21 +108,23 @@ class Subscriber:
         return len(self._subscriptions)
 
     def subscribe(self, channel: str) -> Subscription:
-        """Start to listen. The first item is LOOK, once the broker has confirmed."""
+        """Start to listen. Once the broker has confirmed, there is reason to look."""
         subscription = Subscription(channel.encode())
-        listeners = self._subscriptions.setdefault(subscription.channel, [])
-        listeners.append(subscription)
+        others = self._subscriptions.get(subscription.channel, ())
+        self._subscriptions[subscription.channel] = (*others, subscription)
         if self._connection:
             # also for a second listener: the broker's confirmation is what tells it to look
             self._send((b"SUBSCRIBE", subscription.channel))
         return subscription
 
     def unsubscribe(self, subscription: Subscription) -> None:
-        listeners = self._subscriptions.get(subscription.channel, [])
-        listeners.remove(subscription)
-        if not listeners:
-            del self._subscriptions[subscription.channel]
-            self._left.append(subscription.channel)
+        channel = subscription.channel
+        others = tuple(one for one in self._subscriptions[channel] if one is not subscription)
+        if others:
+            self._subscriptions[channel] = others
+        else:
+            del self._subscriptions[channel]
+            self._left.append(channel)
 
     def _send(self, *commands: tuple[bytes, ...]) -> None:
         """Commands, and with them what nobody listens to any more: there is no hurry to tell."""
@@ -170,44 +167,40 @@ class Subscriber:
             self._send((b"PING",))
 
     def _connection_of_ours(self) -> "_Connection":
-        return _Connection(self._deliver, self._wake)
+        return _Connection(self._deliver)
 
     def _tick(self) -> None:
         """Make listeners that heard nothing look at the journal: heals a lost last message."""
         for listeners in self._subscriptions.values():
             for subscription in listeners:
                 if subscription.is_idle:
-                    subscription.put(LOOK)
+                    subscription.look()
                 subscription.is_idle = True
 
-    def _deliver(self, reply: Any) -> None:
-        if not isinstance(reply, list) or len(reply) != 3:
-            if isinstance(reply, hiredis.ReplyError):
-                logger.error("the broker refused the pub/sub connection: %s", reply)
-            return
-        kind, channel, payload = reply
-        listeners = self._subscriptions.get(channel, ())
-        if kind == b"message":
-            for subscription in listeners:
-                subscription.add(payload)
-                self._told[subscription] = None
-        elif kind == b"subscribe":
-            for subscription in listeners:
-                subscription.put(LOOK)
-
-    def _wake(self) -> None:
-        """Let go those who were told something, in the order in which they were told first."""
-        told, self._told = self._told, {}
+    def _deliver(self, replies: list[Any]) -> None:
+        """Replies that came together. Listeners wake in the order of their first messages."""
+        told: dict[Subscription, None] = {}
+        for reply in replies:
+            if not isinstance(reply, list) or len(reply) != 3:
+                if isinstance(reply, hiredis.ReplyError):
+                    logger.error("the broker refused the pub/sub connection: %s", reply)
+                continue
+            kind, channel, message = reply
+            for subscription in self._subscriptions.get(channel, ()):
+                if kind == b"message":
+                    subscription.add(message)
+                    told[subscription] = None
+                elif kind == b"subscribe":
+                    subscription.look()
         for subscription in told:
             subscription.wake()
 
 
 class _Connection(asyncio.Protocol):
-    """The wire: RESP2 commands out, replies to `deliver`, and `on_read` after those that came together."""
+    """The wire: RESP2 commands out, and to `deliver` the replies that came together."""
 
-    def __init__(self, deliver: Callable[[Any], None], on_read: Callable[[], None]) -> None:
+    def __init__(self, deliver: Callable[[list[Any]], None]) -> None:
         self._deliver = deliver
-        self._on_read = on_read
         self._reader = hiredis.Reader()
         self._loop = asyncio.get_running_loop()
         self._lost: asyncio.Future[None] = self._loop.create_future()
@@ -245,6 +238,7 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._heard_at = self._loop.time()
         self._reader.feed(data)
-        while (reply := self._reader.gets()) is not False:
-            self._deliver(reply)
-        self._on_read()
+        next_reply, replies = self._reader.gets, []
+        while (reply := next_reply()) is not False:
+            replies.append(reply)
+        self._deliver(replies)

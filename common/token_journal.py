@@ -10,7 +10,6 @@ A reader that can restore its request keeps the frames it took: a broker that lo
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
@@ -22,7 +21,7 @@ from common.errors import GenerationFailed, Unavailable
 from common.lua import TRANSIENT
 from common.messages import Frame, first_chain, next_chain
 from common.redis_keys import ModelKeys
-from common.subscriber import LOOK, Subscriber, Subscription
+from common.subscriber import Subscriber, Subscription
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +94,13 @@ class JournalReader:
     could not be reached for the hold time. While it holds, `on_hold` is awaited now and then.
     """
 
+    # One block of memory: among hundreds of streams, what a token's way touches is what it costs.
+    __slots__ = (
+        *("__weakref__", "_chain", "_error", "_expects", "_hold_s", "_is_ended", "_is_stopped"),
+        *("_journal", "_num_taken", "_ready", "_redis", "_request", "_restore", "_sink"),
+        *("_subscription", "_taken", "on_hold"),
+    )
+
     def __init__(
         self,
         redis: Redis,
@@ -117,7 +123,7 @@ class JournalReader:
         self._subscription = subscription
         self._hold_s = hold_s
         self._chain = first_chain(request_id)
-        self._ready: deque[tuple[int, Frame]] = deque()
+        self._ready: list[tuple[int, Frame]] = []
         self._num_taken = 0
         self._is_ended = False
         self._error: Exception | None = None  # met ahead of the iteration
@@ -126,14 +132,14 @@ class JournalReader:
     def stop(self) -> None:
         """End the iteration before the next frame."""
         self._is_stopped = True
-        self._subscription.put(LOOK)
+        self._subscription.look()
 
     def nothing_missed(self) -> None:
         """The request has only now been enqueued: what the subscription's confirmation tells to look for is not there.
 
         Should a frame come between all the same, the next one shows the gap, or a second of silence.
         """
-        self._subscription.drop_looks()
+        self._subscription.must_look = False
 
     def listen(self, sink: Callable[[], None]) -> None:
         """Call `sink` when frames come while the iteration waits: what it takes by `take_ready` wakes no task.
@@ -141,12 +147,12 @@ class JournalReader:
         The iteration raises what `sink` raises.
         """
         self._sink = sink
-        self._subscription.on_items = self._offer
+        self._subscription.on_messages = self._offer
 
     def release(self) -> None:
         """Let go of the sink and of the caller's functions: they hold this reader, and a cycle would keep its frames
         until the collector finds it."""
-        self._sink = self._restore = self.on_hold = self._subscription.on_items = None
+        self._sink = self._restore = self.on_hold = self._subscription.on_messages = None
         self._taken.clear()
 
     def _offer(self) -> bool:
@@ -166,47 +172,48 @@ class JournalReader:
         return self
 
     async def __anext__(self) -> tuple[int, Frame]:
-        while self._is_stopped or not self._ready:
-            if self._is_stopped:
-                raise StopAsyncIteration
+        while not (self._ready or self._is_stopped):
             if self._error:
                 raise self._error
             if self._is_ended:
-                raise StopAsyncIteration
-            item = await self._subscription.get()
-            if self._is_ended or self._error:
-                continue
-            if item is LOOK or not self._take_message(item):
+                break
+            await self._subscription.wait()
+            if self._subscription.must_look and not self._error:
+                self._subscription.must_look = False
                 await self._look()
-        return self._ready.popleft()
+            self._take_messages()
+        if self._is_stopped or not self._ready:
+            raise StopAsyncIteration
+        return self._ready.pop(0)
 
-    def take_ready(self) -> tuple[int, Frame] | None:
-        """The next frame if it is here already; what is wrong with it is left to the iteration to tell."""
-        while not (self._ready or self._is_stopped or self._is_ended or self._error):
-            message = self._subscription.take()
-            if message is None:
-                return None
-            try:
-                is_taken = self._take_message(message)
-            except StreamDiverged as error:
-                self._error = error
-                return None
-            if not is_taken:
-                self._subscription.look_first()
-                return None
-        is_next = self._ready and not self._is_stopped and self._ready[0][1].failure is None
-        return self._ready.popleft() if is_next else None
+    def take_ready(self) -> list[tuple[int, Frame]]:
+        """The frames that are here already; what is wrong with one is left to the iteration to tell."""
+        self._take_messages()
+        if self._is_stopped or not self._ready:
+            return []
+        ready, self._ready = self._ready, []
+        if ready[-1][1].failure is not None:
+            self._ready.append(ready.pop())
+        return ready
 
-    def _take_message(self, message: bytes) -> bool:
-        """Take a published frame; False when it shows a gap."""
-        base, _, data = message.partition(b":")
-        index = int(base)
-        if index == self._num_taken:
-            self._take(data)
-            return True
-        if index < len(self._taken) and not _is_same(self._taken[index], data):
-            raise StreamDiverged()  # the broker was rolled back, and somebody went on from before
-        return index < self._num_taken
+    def _take_messages(self) -> None:
+        """Take what was published, up to a gap: from there on the journal has it."""
+        subscription = self._subscription
+        if subscription.must_look or self._is_ended or self._is_stopped or self._error:
+            return
+        try:
+            for message in subscription.take():
+                base, _, data = message.partition(b":")
+                index = int(base)
+                if index == self._num_taken:
+                    self._take(data)
+                elif index > self._num_taken:
+                    subscription.must_look = True
+                    return
+                elif index < len(self._taken) and not _is_same(self._taken[index], data):
+                    raise StreamDiverged()  # the broker was rolled back, and somebody went on from before
+        except StreamDiverged as error:
+            self._error = error
 
     async def _look(self) -> None:
         """Read what the journal has beyond what was taken."""

@@ -6,7 +6,7 @@ The stream is the primitive; an answer in one piece folds it, and `best_of` fold
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,6 +55,12 @@ class FrameStream:
     The first frame is always the journal's first, also for a client that has seen some.
     """
 
+    __slots__ = (
+        *("__weakref__", "_gaps", "_last_at", "_metrics", "_reader", "_started_at", "finish"),
+        *("first_token_s", "is_attached", "is_ended", "is_held_up", "is_stopped", "num_tokens"),
+        *("on_leave", "request"),
+    )
+
     def __init__(
         self, request: GenerationRequest, reader: JournalReader, metrics: GatewayMetrics
     ) -> None:
@@ -69,7 +75,7 @@ class FrameStream:
         self.num_tokens = 0
         self._reader = reader
         self._metrics = metrics
-        self._observe_gap = metrics.inter_token_latency.labels(request.model).observe
+        self._gaps = metrics.inter_token_latency.labels(request.model)
         self._started_at = self._last_at = time.perf_counter()
 
     def attach(self, request: GenerationRequest) -> None:
@@ -102,31 +108,22 @@ class FrameStream:
         except Unavailable:
             self.is_held_up = True
             raise
-        return self._noted(item)
+        self._note(item[1])
+        return item
 
     def listen(self, sink: Callable[[], None]) -> None:
         """Call `sink` when frames come while the iteration waits: those it takes by `ready` cost no task switch."""
         self._reader.listen(sink)
 
-    def ready(self) -> Iterator[tuple[int, Frame]]:
+    def ready(self) -> list[tuple[int, Frame]]:
         """The frames that are here already. Sent together, they cost the less the further this gateway is behind."""
-        while not self.is_ended and (item := self._reader.take_ready()) is not None:
-            yield self._noted(item)
+        items = self._reader.take_ready()
+        for _, frame in items:
+            self._note(frame)
+        return items
 
-    def _noted(self, item: tuple[int, Frame]) -> tuple[int, Frame]:
-        frame = item[1]
-        self._observe_time()
-        self.num_tokens += len(frame.tokens)
-        if frame.finish is not None:
-            self.is_ended, self.finish = True, frame.finish
-            if not self.is_attached:
-                self._metrics.observe_finish(self.request, frame.finish)
-        elif frame.failure is not None:
-            self.is_ended = True
-            raise error_of_kind(frame.failure.kind, frame.failure.message)
-        return item
-
-    def _observe_time(self) -> None:
+    def _note(self, frame: Frame) -> None:
+        """Count and time a frame. Raises the error that a failure names."""
         now = time.perf_counter()
         if self.first_token_s is None:
             self.first_token_s = now - self._started_at
@@ -134,8 +131,18 @@ class FrameStream:
                 labelled = self._metrics.time_to_first_token.labels(self.request.model)
                 labelled.observe(self.first_token_s)
         elif not self.is_attached:
-            self._observe_gap(now - self._last_at)
+            self._gaps.observe(now - self._last_at)
         self._last_at = now
+        self.num_tokens += len(frame.tokens)
+        if frame.finish is not None or frame.failure is not None:
+            self._end(frame)
+
+    def _end(self, frame: Frame) -> None:
+        self.is_ended, self.finish = True, frame.finish
+        if frame.failure is not None:
+            raise error_of_kind(frame.failure.kind, frame.failure.message)
+        if not self.is_attached:
+            self._metrics.observe_finish(self.request, frame.finish)
 
 
 class Generator:

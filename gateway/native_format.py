@@ -14,10 +14,12 @@ _MORE_COMES = '"generated_text":null,"details":null'
 
 def number(value: float | None) -> str:
     """A log-probability as TGI writes its 32-bit floats: few digits; null when it is none."""
-    if value is None or not math.isfinite(value):
+    if value is None:
         return "null"
     text = f"{value:.8g}"
-    return text if "." in text or "e" in text else f"{text}.0"
+    if "." in text or "e" in text:
+        return text
+    return f"{text}.0" if math.isfinite(value) else "null"
 
 
 def token_json(token: Token | TopToken) -> str:
@@ -89,10 +91,9 @@ class StreamFormat:
             if frame.finish is None:
                 return b""
             tokens = (Token(0, "", 0.0, is_special=True),)
-        *earlier, last = tokens
-        text = "".join([self._event(token) for token in earlier])
-        name = f"id: {self._id}:{frame_index}-{frame.chain.hex()}\n"
-        return f"{text}{name}{self._event(last, frame.finish)}".encode()
+        earlier = "".join(map(self._event, tokens[:-1])) if len(tokens) > 1 else ""
+        last = self._event(tokens[-1], frame.finish)
+        return f"{earlier}id: {self._id}:{frame_index}-{frame.chain.hex()}\n{last}".encode()
 
     def error(self, error: FleetError) -> bytes:
         """The event that ends a stream which failed."""

@@ -1,6 +1,6 @@
 """Frames of a stream to its client's events: at once while the client keeps up, else when it has read."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from common.messages import Frame
 from gateway.generation import FrameStream
@@ -28,15 +28,15 @@ async def relay(
 
     make = unseen if first else format
 
-    def text_of(items: Iterable[tuple[int, Frame]]) -> bytes:
-        return b"".join([make(index, frame) for index, frame in items])
-
     def send_ready() -> None:
-        if events.can_send and (text := text_of(frames.ready())):
-            events.send(text)
+        if events.can_send:
+            text = b"".join([make(index, frame) for index, frame in frames.ready()])
+            if text:
+                events.send(text)
 
     frames.listen(send_ready)
     async for item in frames:
         async with events.turn:
-            if text := text_of((item, *frames.ready())):
+            texts = [make(index, frame) for index, frame in (item, *frames.ready())]
+            if text := b"".join(texts):
                 await events.write(text)

@@ -24,6 +24,11 @@ class EventStream:
     A response that was `cut` lacks HTTP's last chunk: that tells every client that more is to come, elsewhere.
     """
 
+    __slots__ = (
+        *("_comment", "_is_chunked", "_is_cut", "_is_writing", "_keep_alive_s", "_loop"),
+        *("_protocol", "_request", "_timer", "_written_at", "response", "turn"),
+    )
+
     def __init__(
         self, request: web.Request, *, keep_alive_s: float, headers: dict[str, str] | None = None
     ) -> None:

@@ -119,7 +119,7 @@ async def test_slow_reader_costs_bounded_memory(
     async with journal.open("r1") as reader:
         for index in range(2000):
             await writer.append(index)
-        waiting = len(reader._subscription._items)
+        waiting = len(reader._subscription._messages)
         assert waiting <= 256
         assert await collect(reader, count=2000) == list(enumerate(writer.frames))
 

@@ -28,8 +28,8 @@ class Listener:
         self.reader.listen(self._take)
 
     def _take(self) -> None:
-        while self.is_open and (item := self.reader.take_ready()) is not None:
-            self.taken.append(item[0])
+        if self.is_open:
+            self.taken += [index for index, _ in self.reader.take_ready()]
         if self.error:
             raise self.error
 
@@ -76,7 +76,7 @@ async def test_what_the_sink_leaves_the_iteration_has(listener: Listener, waitin
     listener.is_open = False
     listener.publish(0, 1)
     assert await asyncio.wait_for(waiting, 5) == (0, FRAMES[0])
-    assert listener.reader.take_ready() == (1, FRAMES[1])
+    assert listener.reader.take_ready() == [(1, FRAMES[1])]
 
 
 async def test_nothing_is_taken_while_the_iteration_is_busy(listener: Listener):

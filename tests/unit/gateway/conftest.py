@@ -164,15 +164,16 @@ class FakeReader:
     def nothing_missed(self) -> None:
         pass
 
-    def take_ready(self) -> tuple[int, Frame] | None:
-        if self._held or self._frames.empty():
-            return None
-        item = self._frames.get_nowait()
-        if isinstance(item, Exception) or item.failure is not None:
-            self._held.append(item)
-            return None
-        self._index += 1
-        return self._index, item
+    def take_ready(self) -> list[tuple[int, Frame]]:
+        ready = []
+        while not (self._held or self._frames.empty()):
+            item = self._frames.get_nowait()
+            if isinstance(item, Exception) or item.failure is not None:
+                self._held.append(item)
+            else:
+                self._index += 1
+                ready.append((self._index, item))
+        return ready
 
     async def __anext__(self) -> tuple[int, Frame]:
         item = self._held.pop() if self._held else await self._frames.get()
