@@ -91,21 +91,23 @@ class StreamFormat:
             if frame.finish is None:
                 return b""
             tokens = (Token(0, "", 0.0, is_special=True),)
-        earlier = "".join(map(self._event, tokens[:-1])) if len(tokens) > 1 else ""
-        last = self._event(tokens[-1], frame.finish)
-        return f"{earlier}id: {self._id}:{frame_index}-{frame.chain.hex()}\n{last}".encode()
+        name = f"id: {self._id}:{frame_index}-{frame.chain.hex()}\n"
+        if len(tokens) == 1:
+            return self._event(tokens[0], frame.finish, name).encode()
+        earlier = "".join([self._event(token) for token in tokens[:-1]])
+        return f"{earlier}{self._event(tokens[-1], frame.finish, name)}".encode()
 
     def error(self, error: FleetError) -> bytes:
         """The event that ends a stream which failed."""
         return error_event(error)
 
-    def _event(self, token: Token, finish: Finish | None = None) -> str:
-        self._index += 1
+    def _event(self, token: Token, finish: Finish | None = None, name: str = "") -> str:
+        self._index = index = self._index + 1
         if self._keeps_special_tokens or not token.is_special:
             self._parts.append(token.text)
         end = self._end(finish) if finish else _MORE_COMES
         top = f'"top_tokens":{tokens_json(token.top)},' if token.top else ""
-        return f'data: {{"index":{self._index},"token":{token_json(token)},{top}{end}}}\n\n'
+        return f'{name}data: {{"index":{index},"token":{token_json(token)},{top}{end}}}\n\n'
 
     def _end(self, finish: Finish) -> str:
         valid, details = self._valid, "null"
