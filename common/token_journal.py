@@ -276,7 +276,7 @@ class JournalReader:
         if self._restore:
             self._taken.append(data)
         self._num_taken += 1
-        self._is_ended = frame.is_terminal
+        self._is_ended = frame.finish is not None or frame.failure is not None
 
     def _check_expected(self, frame: Frame) -> None:
         """The client has frame `expects[0]`: the journal must have the same, and no end before it."""

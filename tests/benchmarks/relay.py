@@ -30,6 +30,7 @@ from tests.benchmarks.report import Distribution, aligned, plain
 from tests.benchmarks.servers import first_token, free_port, process
 
 READY_TIMEOUT_S = 60.0
+BEGIN_TIMEOUT_S = 60.0  # for all streams to have a token
 SLOTS = 512
 TICK_S = os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -38,13 +39,21 @@ LONG_PROMPT = "x" * 400  # the echo model repeats its prompt, and ends with it
 
 @dataclass(slots=True)
 class Tally:
-    """What the readers saw in the window that is measured."""
+    """What the readers saw in the window that is measured, which opens when all have begun."""
 
+    num_to_begin: int
+    all_begun: asyncio.Event = field(default_factory=asyncio.Event)
     is_open: bool = False
     num_tokens: int = 0
     num_ended: int = 0
     gaps_s: list[float] = field(default_factory=list)  # between neighbouring chunks of a stream
     errors: list[str] = field(default_factory=list)
+
+    def note_begun(self) -> None:
+        """One more has its first token; a slow reader has begun when it reads no more."""
+        self.num_to_begin -= 1
+        if not self.num_to_begin:
+            self.all_begun.set()
 
 
 class Stream(asyncio.Protocol):
@@ -56,6 +65,7 @@ class Stream(asyncio.Protocol):
         self._heard_at = 0.0
         self._transport: asyncio.Transport
         self._is_first_chunk = True
+        self._has_begun = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
@@ -69,6 +79,9 @@ class Stream(asyncio.Protocol):
                 tally.errors.append(data[:200].decode(errors="replace"))
             if self._is_slow:
                 self._transport.pause_reading()
+                self._begin()
+        elif not self._has_begun:
+            self._begin()
         elif tally.is_open:
             tally.num_tokens += data.count(b"\ndata:")
             tally.gaps_s.append(now - self._heard_at)
@@ -78,6 +91,10 @@ class Stream(asyncio.Protocol):
         if data.endswith(b"\r\n0\r\n\r\n") or data == b"0\r\n\r\n":
             tally.num_ended += tally.is_open
             self._ask()
+
+    def _begin(self) -> None:
+        self._has_begun = True
+        self._tally.note_begun()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._tally.is_open and not self._is_slow:
@@ -154,7 +171,7 @@ async def _measure(
             for name, arguments in commands.items()
         }
         await first_token(f"http://127.0.0.1:{port}", children, folder, timeout_s=READY_TIMEOUT_S)
-        tally = Tally()
+        tally = Tally(total)
         loop = asyncio.get_running_loop()
         for number in range(total):
             is_slow = number >= num_streams
@@ -162,7 +179,8 @@ async def _measure(
                 partial(Stream, tally, is_slow=is_slow), "127.0.0.1", port
             )
             stack.callback(client._transport.abort)
-        await asyncio.sleep(max(3.0, total / 200))  # until all run
+        async with asyncio.timeout(BEGIN_TIMEOUT_S):
+            await tally.all_begun.wait()
         processes = _family(children["gateway"].pid)
         before, started_at = _sample(processes), time.perf_counter()
         tally.is_open = True
