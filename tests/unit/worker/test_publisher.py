@@ -82,6 +82,16 @@ async def test_request_without_a_frame_is_touched(scene: Scene):
     assert scene.sent() == [(0, None)]
 
 
+async def test_the_youngest_request_is_told_first(scene: Scene):
+    young = a_request(id="r2")
+    sequence, [frame, _] = Sequence(young), frames_of("r2", ["x", "y"])
+    scene.publisher.open(sequence, replace(scene.lease, request=young))
+    old = Output(scene.sequence, 0, scene.frames[0], 0)
+    await scene.publisher.publish([old, Output(sequence, 0, frame, 0)])
+    await scene.publisher.flush()
+    assert [append.request_id for append in scene.queue.calls[0]] == ["r2", scene.request.id]
+
+
 async def test_publishing_overlaps_but_stays_one_step_behind(scene: Scene):
     gate = asyncio.Event()
     append = scene.queue.append
