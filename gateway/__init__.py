@@ -33,6 +33,7 @@ presentation.py     how an answer is shown to who comes back
 request_finder.py   a request by its id alone
 native_format.py    frames to TGI's JSON
 relay.py            frames to events, at once or when the client has read
+outbox.py           their writes, back to back
 sse.py              a response of server-sent events
 metrics.py          every metric of this process
 latency_histogram.py  one of them, observed with every token

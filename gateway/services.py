@@ -1,6 +1,6 @@
 """What handlers need, in one typed place: `request.app[SERVICES]`. Made by `gateway.app`, replaced by tests."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aiohttp import web
 from opentelemetry.trace import Tracer
@@ -12,6 +12,7 @@ from gateway.generation import Generator
 from gateway.key_limits import KeyLimits
 from gateway.metrics import GatewayMetrics
 from gateway.model_directory import ModelDirectory
+from gateway.outbox import Outbox
 from gateway.request_finder import RequestFinder
 from gateway.settings import GatewaySettings
 
@@ -30,6 +31,7 @@ class Services:
     metrics: GatewayMetrics
     shared_metrics: SharedMetrics
     tracer: Tracer
+    outbox: Outbox = field(default_factory=Outbox)
     is_draining: bool = False
 
 

@@ -6,6 +6,8 @@ from typing import Self
 
 from aiohttp import HttpVersion11, web
 
+from gateway.outbox import Outbox
+
 COMMENT = b":\n\n"
 WAIT = b": wait\n\n"
 _PATIENCE = 4  # keep-alive periods that one write may take before the connection is given up
@@ -26,14 +28,20 @@ class EventStream:
 
     __slots__ = (
         *("_comment", "_is_chunked", "_is_cut", "_is_writing", "_keep_alive_s", "_loop"),
-        *("_protocol", "_request", "_timer", "_written_at", "response", "turn"),
+        *("_outbox", "_protocol", "_request", "_timer", "_written_at", "response", "turn"),
     )
 
     def __init__(
-        self, request: web.Request, *, keep_alive_s: float, headers: dict[str, str] | None = None
+        self,
+        request: web.Request,
+        outbox: Outbox,
+        *,
+        keep_alive_s: float,
+        headers: dict[str, str] | None = None,
     ) -> None:
         self.response = web.StreamResponse(headers={**HEADERS, **(headers or {})})
         self._request = request
+        self._outbox = outbox
         self._protocol = request.protocol
         self._is_chunked = request.version >= HttpVersion11  # as aiohttp decides
         self._keep_alive_s = keep_alive_s
@@ -56,12 +64,14 @@ class EventStream:
             self._timer.cancel()
         if self._comment and not self._comment.done():
             self._comment.cancel()
+        self._outbox.flush()
         if kind is None and not self._is_cut:
             await self.response.write_eof()
 
     async def write(self, data: bytes) -> None:
         """Send complete events. Raises ConnectionError when the client is gone."""
         self._is_writing, self._written_at = True, self._loop.time()
+        self._outbox.flush()
         try:
             await self.response.write(data)
         finally:
@@ -75,12 +85,12 @@ class EventStream:
         return is_open and not (self._is_writing or self._protocol.writing_paused)
 
     def send(self, data: bytes) -> None:
-        """`write` at once, while `can_send`: half of what aiohttp's writer costs an event."""
+        """`write` without waiting, while `can_send`: a fraction of what aiohttp's writer costs an event."""
         self._written_at = self._loop.time()
         if self._is_chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         assert self._protocol.transport is not None
-        self._protocol.transport.write(data)
+        self._outbox.put(self._protocol.transport, data)
 
     async def say_wait(self) -> None:
         """Tell that there is nothing to tell: the broker does not answer. Raises ConnectionError."""
@@ -89,6 +99,7 @@ class EventStream:
     def cut(self) -> None:
         """Close the connection behind the last event."""
         self._is_cut = True
+        self._outbox.flush()
         if self._request.transport:
             self._request.transport.close()  # sends what was written before
 

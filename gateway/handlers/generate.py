@@ -134,7 +134,7 @@ async def relay_stream(
     started_s, keep_alive_s = record.elapsed_s, services.settings.keep_alive_s
     async with (
         following as frames,
-        EventStream(request, keep_alive_s=keep_alive_s, headers=headers) as events,
+        EventStream(request, services.outbox, keep_alive_s=keep_alive_s, headers=headers) as events,
     ):
         frames.call_while_held(events.say_wait)
         format = format_of(frames.request)

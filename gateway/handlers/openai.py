@@ -154,7 +154,7 @@ async def _stream(
             for made in call.requests
         ]
         events = await stack.enter_async_context(
-            EventStream(request, keep_alive_s=services.settings.keep_alive_s)
+            EventStream(request, services.outbox, keep_alive_s=services.settings.keep_alive_s)
         )
         for frames in streams:
             frames.call_while_held(events.say_wait)
