@@ -5,6 +5,7 @@ cli.py              the `gateway` command
 settings.py         what an operator can set
 supervisor.py       several processes behind one port
 server.py           one process: event loop, port, signals, draining
+listener.py         the port: lets clients in
 connection.py       one connection: slow clients, and answers to what is not HTTP
 tls.py              certificate and key of the port
 file_watch.py       notices that files changed

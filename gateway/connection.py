@@ -9,6 +9,7 @@ from http import HTTPStatus
 from aiohttp import web
 
 from common.errors import FleetError, RequestTimedOut
+from gateway.listener import Listener
 from gateway.native_format import error_json
 from gateway.tls import HANDSHAKE_S
 
@@ -146,13 +147,13 @@ class Site(web.BaseSite):
         await super().start()
         manager = self._runner.server
         assert manager is not None
-        self._server = await asyncio.get_running_loop().create_server(
+        self._server = Listener(
             lambda: Connection(manager, read_timeout_s=self._read_timeout_s),
-            *self._address,
-            ssl=self._ssl_context,
-            ssl_handshake_timeout=HANDSHAKE_S if self._ssl_context else None,
-            backlog=self._backlog,
-            reuse_port=True if self._shares_port else None,
+            ssl_context=self._ssl_context,
+            handshake_timeout_s=HANDSHAKE_S,
+        )
+        await self._server.open(
+            *self._address, backlog=self._backlog, shares_port=self._shares_port
         )
 
 
