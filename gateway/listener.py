@@ -74,9 +74,8 @@ class Listener:
                 connection, _ = listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            except (
-                OSError
-            ) as error:  # no descriptor or no memory left: trying at once would only spin
+            except OSError as error:
+                # no descriptor or no memory is left, and trying at once would only spin
                 logger.error("no connection can be accepted for %g s: %s", PAUSE_S, error)
                 self._loop.remove_reader(listening)
                 self._loop.call_later(PAUSE_S, self._listen, listening)

@@ -3,6 +3,7 @@
 It is what `queue_price.py` subtracts: the shortest way from a prompt to its tokens.
 """
 
+import heapq
 import itertools
 import time
 
@@ -56,17 +57,33 @@ class InProcessWorker:
     def run(
         self, num_users: int, num_requests: int, load: Load, indices: itertools.count
     ) -> list[RequestRecord]:
-        """`num_requests` requests, `num_users` at a time: one that ends makes room for the next."""
+        """`num_requests` requests, `num_users` at a time: one that ends makes room for the next.
+
+        One that arrives within a step waits for its end, and the wait counts.
+        """
         records: dict[Sequence, RequestRecord] = {}
+        arrivals: list[tuple[float, int]] = []  # a heap of times and numbers of requests
+        numbers = iter(range(num_requests))
 
-        def add() -> None:
-            num_tokens = load.tokens_of(len(records), num_users)
-            sequence, record = self._begin(load.prompt(next(indices)), num_tokens)
-            records[sequence] = record
+        def expect(now: float) -> None:
+            if (number := next(numbers, None)) is not None:
+                heapq.heappush(arrivals, (now + load.pause_s(number), number))
 
-        for _ in range(min(num_users, num_requests)):
-            add()
-        while (plan := self._scheduler.plan()) is not None:
+        def admit() -> None:
+            while arrivals and arrivals[0][0] <= time.perf_counter():
+                at, number = heapq.heappop(arrivals)
+                num_tokens = load.tokens_of(number, num_users)
+                sequence, record = self._begin(load.prompt(next(indices)), num_tokens, at)
+                records[sequence] = record
+
+        for _ in range(num_users):
+            expect(time.perf_counter())
+        while arrivals or self._scheduler.has_work:
+            admit()
+            plan = self._scheduler.plan()
+            if plan is None:
+                time.sleep(max(0.0, arrivals[0][0] - time.perf_counter()))
+                continue
             result = self._engine.step(plan)
             outputs = self._processor.advance(plan, result, self._scheduler.sequence_at)
             self._scheduler.commit(plan, outputs)
@@ -75,12 +92,11 @@ class InProcessWorker:
                 record = records[output.sequence]
                 record.token_times.append(now)
                 record.ended_at = now
-                if output.frame.is_terminal and len(records) < num_requests:
-                    add()
+                if output.frame.is_terminal:
+                    expect(now)
         return list(records.values())
 
-    def _begin(self, prompt: str, num_tokens: int) -> tuple[Sequence, RequestRecord]:
-        now = time.perf_counter()
+    def _begin(self, prompt: str, num_tokens: int, at: float) -> tuple[Sequence, RequestRecord]:
         self._num_begun += 1
         sequence = Sequence(
             GenerationRequest(
@@ -93,4 +109,4 @@ class InProcessWorker:
         )
         self._processor.start(sequence)
         self._scheduler.add(sequence)
-        return sequence, RequestRecord(now, now)
+        return sequence, RequestRecord(at, at)

@@ -35,6 +35,7 @@ class Load:
     num_requests: int = 64  # of one level; none is started after this many
     duration_s: float = 60.0  # of one level; none is started after this long
     is_staggered: bool = False  # users of a closed loop begin at once, but end in turn from then on
+    longest_pause_s: float = 0.0  # of a user of a closed loop before each request
 
     def tokens_of(self, number: int, num_users: int) -> int:
         """How many tokens a level's request asks for, counted from 0. Staggered, the first of each
@@ -42,6 +43,10 @@ class Load:
         if not self.is_staggered or number >= num_users:
             return self.max_new_tokens
         return max(1, self.max_new_tokens * (number + 1) // num_users)
+
+    def pause_s(self, number: int) -> float:
+        """How long its user waits before a request of a level: evenly spread, the same in every run."""
+        return random.Random(number).uniform(0, self.longest_pause_s)
 
 
 class LoadGenerator:
@@ -68,6 +73,8 @@ class LoadGenerator:
                 if prompt is None:
                     return
                 num_tokens = self._load.tokens_of(number, num_users)
+                if pause_s := self._load.pause_s(number):
+                    await self._clock.sleep_until(self._clock.now() + pause_s)
                 records.append(await self._client.send(prompt, num_tokens))
 
         await _gather(user() for _ in range(num_users))

@@ -6,8 +6,10 @@ later one.
 The echo model's step takes a known, steady time, so the difference between the same scheduler and
 engine called in this process and a request through HTTP, gateway, broker and worker is what the
 path costs. HTTP and the load generator's own time are in it; all processes share the cores. Several
-users run twice: in step, because their answers are equally long, so that a first token is one of a
-burst; and out of step, as users are.
+users run three times: in step, because their answers are equally long, so that a first token is one
+of a burst; out of step; and out of step with pauses of up to a step, as users are. Without a pause
+a user asks again when a step has ended: called directly that is the moment at which the next one
+begins, while through the fleet the request always comes too late for it.
 """
 
 import json
@@ -29,6 +31,7 @@ from tests.benchmarks.servers import first_token, free_port, process
 from tests.benchmarks.targets import target_for
 
 READY_TIMEOUT_S = 60.0
+TOGETHER, OUT_OF_STEP, AT_ANY_TIME = "together", "out of step", "at any time"
 
 
 @click.command(context_settings={"show_default": True})
@@ -51,9 +54,19 @@ def main(
     click.echo(f"{host.line}\necho model, a step is {step_ms:g} ms\n")
     prompt = BytePrompts(prompt_tokens)
     loads = [
-        (num, Load(prompt, new_tokens, num * requests_per_user, 120.0, is_staggered=is_staggered))
+        (
+            num,
+            Load(
+                prompt,
+                new_tokens,
+                num * requests_per_user,
+                duration_s=120.0,
+                is_staggered=begin != TOGETHER,
+                longest_pause_s=step_ms / 1e3 if begin == AT_ANY_TIME else 0.0,
+            ),
+        )
         for num in users
-        for is_staggered in ((False, True) if num > 1 else (False,))
+        for begin in ((TOGETHER, OUT_OF_STEP, AT_ANY_TIME) if num > 1 else (TOGETHER,))
     ]
     direct = [measure_in_process(num, load, step_ms=step_ms) for num, load in loads]
     queued = run_async(_through_the_fleet(loads, step_ms, redis_url))
@@ -108,7 +121,7 @@ def _price(load: Load, direct: Level, queued: Level) -> dict[str, float | str]:
     token = queued.token_ms.p50 - direct.token_ms.p50
     return {
         "users": direct.value,
-        "begin": "out of step" if load.is_staggered else "together",
+        "begin": _begin(load),
         "direct_first_token_ms": direct.first_token_ms.p50,
         "queued_first_token_ms": queued.first_token_ms.p50,
         "added_first_token_ms": first,
@@ -116,6 +129,12 @@ def _price(load: Load, direct: Level, queued: Level) -> dict[str, float | str]:
         "queued_token_ms": queued.token_ms.p50,
         "added_token_ms": token,
     }
+
+
+def _begin(load: Load) -> str:
+    if not load.is_staggered:
+        return TOGETHER
+    return AT_ANY_TIME if load.longest_pause_s else OUT_OF_STEP
 
 
 def _price_table(prices: list[dict[str, float | str]]) -> str:

@@ -193,6 +193,15 @@ def test_staggered_users_end_their_first_answers_in_turn():
     assert Load(prompts_for(None, 8), max_new_tokens=64).tokens_of(0, 4) == 64
 
 
+def test_pauses_are_spread_and_the_same_in_every_run():
+    load = Load(prompts_for(None, 8), longest_pause_s=0.005)
+    pauses = [load.pause_s(number) for number in range(1000)]
+    assert 0 <= min(pauses) < 0.0005 and 0.0045 < max(pauses) <= 0.005
+    assert sum(pauses) / 1000 == pytest.approx(0.0025, rel=0.1)
+    assert pauses == [load.pause_s(number) for number in range(1000)]
+    assert Load(prompts_for(None, 8)).pause_s(7) == 0
+
+
 async def test_an_open_loop_goes_on_asking_while_a_server_stalls():
     num_waiting, all_came = 0, asyncio.Event()
 
