@@ -30,7 +30,7 @@ def run_server(settings: GatewaySettings, metrics_folder: Path | None = None) ->
     """Serve until SIGTERM or SIGINT. Raises OSError when the port cannot be had."""
     configure_logging(settings.log_level, settings.json_output)
     gc.freeze()  # what was imported stays: a full collection need not walk through it
-    gc.set_threshold(20_000, 20, 100)  # one read brings hundreds of frames: none is in a cycle
+    gc.set_threshold(5_000, 20, 100)  # one read brings hundreds of frames: none is in a cycle
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(serve(settings, metrics_folder=metrics_folder))
 
