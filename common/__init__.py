@@ -3,11 +3,13 @@
 messages.py         what crosses a process boundary, as frozen dataclasses
 codec.py            those as msgpack
 grammar.py          what an answer must look like, as the grammar library reads it
+deep_stack.py       room for it to recurse in
 errors.py           every error that a caller can meet
 redis_keys.py       every Redis key, with its type, lifetime, writers and readers
 scripts/            the transitions of a request, one Lua script each
 lua.py              runs the scripts, again after a lost reply
 redis_client.py     opens clients of the broker
+broker_url.py       what the URL of a broker may look like
 wire.py             connections of our own to it
 sentinel.py         finds the broker that a set of Sentinels has chosen
 request_queue.py    both ends of the queue: enqueue and cancel, lease and append
@@ -29,6 +31,7 @@ launcher.py         the same under the name and the flags of TGI's launcher
 tgi_flags.py        those of its flags that `serve` has not
 probe.py            asks a gateway of this machine whether it can answer
 health.py           the `health` command, which does that for containers
+machine_limits.py   memory and cores that control groups leave to this process
 supervisor.py       child processes, restarted and drained
 child.py            one of them
 leash.py            no child outlives its parent

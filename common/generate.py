@@ -19,12 +19,17 @@ from common.errors import FleetError
     default=("http://127.0.0.1:8080",),
     show_default=True,
     envvar="TOKENFLEET_URL",
+    callback=lambda context, option, urls: tuple(map(_with_scheme, urls)),
     help="Gateway; several take over from each other.",
 )
 @click.option("--model", help="Model, where several are served.")
 @click.option("--api-key", envvar="API_KEY", help="Key of the service.")
 @click.option("--max-new-tokens", type=int, default=256, show_default=True)
-@click.option("--temperature", type=float, help="Turns sampling on.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    help="Turns sampling on; 0 is greedy, which is the default.",
+)
 @click.option("--seed", type=int)
 @click.option("--stop", multiple=True, help="Text that ends the answer.")
 @click.option("--stream/--no-stream", default=True, help="Print tokens as they come.")
@@ -59,7 +64,19 @@ def generate(
                 click.echo()
 
     given = {name: value for name, value in parameters.items() if value not in (None, ())}
+    if given.get("temperature") == 0:  # the service takes none of 0, and is greedy without one
+        del given["temperature"]
     try:
         asyncio.run(run())
     except FleetError as error:
         raise click.ClickException(str(error)) from error
+
+
+def _with_scheme(url: str) -> str:
+    """`localhost:8080` means http://localhost:8080. Raises click.BadParameter for another scheme than HTTP's."""
+    scheme, separator, _ = url.partition("://")
+    if not separator:
+        return f"http://{url}"
+    if scheme.lower() not in ("http", "https"):
+        raise click.BadParameter(f"a gateway's URL is http://... or https://... Given: {url}")
+    return url

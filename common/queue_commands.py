@@ -11,6 +11,7 @@ import click
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from common.broker_url import BrokerUrlError, check_broker_url
 from common.codec import decode
 from common.errors import FleetError, RequestNotFound
 from common.messages import GenerationRequest, OnDisconnect
@@ -27,12 +28,17 @@ from common.worker_registry import WorkerRegistry
     default="redis://127.0.0.1:6379/0",
     show_default=True,
     envvar=["TOKENFLEET_REDIS_URL", "REDIS_URL"],
-    help="Broker: redis://, rediss:// or unix://.",
+    help="Broker: redis://, rediss://, unix://, or redis+sentinel://host,host/service.",
+    show_envvar=True,
 )
 @click.option("--model", help="Only this model; the default is every known one.")
 @click.pass_context
 def queue(context: click.Context, redis_url: str, model: str | None) -> None:
     """Look into the queue."""
+    try:
+        check_broker_url(redis_url)
+    except BrokerUrlError as error:
+        raise click.UsageError(str(error)) from error
     context.obj = (redis_url, model)
 
 

@@ -1,13 +1,15 @@
 """Opens clients of the broker. The settings here are the result of measurements: see the comments before changing one."""
 
 import asyncio
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import hiredis
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, ConnectionError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -15,9 +17,14 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from common.errors import Unavailable
 from common.wire import BrokerAddress, SharedWire
 
+logger = logging.getLogger(__name__)
+
 OLDEST_VERSION = (7, 0)
 BLOCK_MS = 1000  # longest wait of a blocking read; must stay below the socket timeout, which it does not extend
 _SOCKET_TIMEOUT_S = 3.0
+# Longer than those before it can take: who finds no connection for so long has a broker that does not answer.
+_POOL_TIMEOUT_S = 2 * _SOCKET_TIMEOUT_S
+_SILENT_S = 2.0  # a broker that starts together with us is there by then
 _BLOCKING = frozenset(("XREADGROUP",))  # on a shared connection all else would wait for its reply
 # What a broker says that cannot write now but will again: its disk is full, its replicas are away, a script runs.
 _PASSING = ("MISCONF", "NOREPLICAS", "BUSY ")
@@ -57,11 +64,17 @@ class LeanRedis(Redis):
         await super().aclose(close_connection_pool)
 
 
+class _WaitingSentinelPool(SentinelConnectionPool, BlockingConnectionPool):
+    """Connections to the primary that Sentinels name; whoever finds all of them in use waits for one."""
+
+
 def open_redis(url: str, *, max_connections: int = 64) -> Redis:
     """A client of the broker at `url` (redis://, rediss://, unix:// or redis+sentinel://); replies are bytes.
 
     No built-in retries: redis-py would send a command again that is not idempotent. RESP2, because RESP3 costs a
-    quarter more on the receiving side.
+    quarter more on the receiving side. Whoever finds all `max_connections` in use waits for one.
+
+    Raises BrokerUrlError.
     """
     options: dict[str, Any] = {
         "protocol": 2,
@@ -70,12 +83,14 @@ def open_redis(url: str, *, max_connections: int = 64) -> Redis:
         "socket_connect_timeout": 1.0,
         "retry": Retry(NoBackoff(), 0),
         "max_connections": max_connections,
+        "timeout": _POOL_TIMEOUT_S,
     }
     address = BrokerAddress.parse(url)
     if address.sentinels:
-        client = address.sentinels.client(LeanRedis, **options)
+        kinds = {"connection_pool_class": _WaitingSentinelPool}
+        client = address.sentinels.client(LeanRedis, **kinds, **options)
     else:
-        client = LeanRedis.from_url(url, **options)
+        client = LeanRedis.from_pool(BlockingConnectionPool.from_url(url, **options))
     client.wire = SharedWire(address, timeout_s=_SOCKET_TIMEOUT_S)
     pool = client.connection_pool
     pool.connection_class = _lean(pool.connection_class)
@@ -136,21 +151,25 @@ def _passing(error: ResponseError) -> ResponseError:
 
 
 async def wait_for_redis(redis: Redis, *, timeout_s: float) -> None:
-    """Return once the broker answers.
+    """Return once the broker answers; says once that it waits.
 
     Raises Unavailable after `timeout_s`, or at once when the broker is too old.
     """
     loop = asyncio.get_running_loop()
-    give_up_at = loop.time() + timeout_s
+    started_at, has_said = loop.time(), False
     while True:
         try:
             _check_version(await redis.info("server"))
             return
         except (ConnectionError, RedisTimeoutError, BusyLoadingError, OSError) as error:
-            if loop.time() > give_up_at:
+            waited_s = loop.time() - started_at
+            if waited_s > timeout_s:
                 raise Unavailable(
                     f"no broker answered within {timeout_s:.0f} s ({error}); start one or check --redis-url"
                 ) from error
+            if waited_s > _SILENT_S and not has_said:
+                logger.warning("waiting for the broker, at most %.0f s: %s", timeout_s, error)
+                has_said = True
         await asyncio.sleep(0.05)
 
 

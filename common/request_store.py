@@ -107,12 +107,11 @@ class RequestStore:
             await self._scripts.run("watch", keys, [ttl_ms, *(watcher for _, watcher in rows)])
 
     async def unwatch(self, request_id: str, watcher: str) -> int:
-        """Take a watcher back; the number of those that are left."""
-        key = self._keys.watchers(request_id)
-        async with self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.srem(key, watcher)
-            pipeline.scard(key)
-            return (await pipeline.execute())[1]
+        """Take a watcher back; the number of those that are left. Raises Unavailable.
+
+        One script, because many may leave at once: a pipeline takes a connection of its own.
+        """
+        return await self._scripts.run("unwatch", [self._keys.watchers(request_id)], [watcher])
 
     async def look_for_orphans(
         self, *, patience_s: float = WATCH_TTL_S, seen: Container[str] = ()

@@ -7,7 +7,6 @@ commands that start them. It loads no model and opens no port itself.
 import asyncio
 import errno
 import logging
-import os
 import pkgutil
 import signal
 import socket
@@ -27,6 +26,7 @@ from click.core import ParameterSource
 from common.broker import EmbeddedBroker
 from common.child import Child
 from common.errors import FleetError
+from common.machine_limits import num_usable_cores
 from common.probe import is_healthy, local_address
 from common.settings import merged, options_from, part_of, setting, to_arguments
 from common.supervisor import Service, Supervisor
@@ -50,7 +50,8 @@ class ServeOptions:
 
     redis_url: str | None = setting(
         None,
-        "Broker: redis://, rediss:// or unix://; without it one is started here.",
+        "Broker: redis://, rediss://, unix://, or redis+sentinel://host,host/service; without it one is "
+        "started here.",
         env=("REDIS_URL",),
     )
     data_dir: str | None = setting(
@@ -136,7 +137,7 @@ class Stack:
         if self.options.num_workers == 1 or self.worker.threads is not None:
             return {}
         num_processes = self.options.num_workers * self.worker.num_local_shards
-        return {"threads": max(1, (os.cpu_count() or 1) // num_processes)}
+        return {"threads": max(1, num_usable_cores() // num_processes)}
 
     def _command(self, package: str, settings: Any, **fixed: Any) -> list[str]:
         """What the environment gave reaches the child through it, so that no secret stands on a command line."""
@@ -203,6 +204,7 @@ class Announcer:
 
     def __init__(self, stack: Stack) -> None:
         self._model = stack.worker.model_name
+        self._redis_url = stack.options.redis_url
         self._host = local_address(stack.gateway.hostname)
         self._port = stack.gateway.port
         self._needs_key = bool(stack.gateway.api_key or stack.gateway.api_keys_file)
@@ -215,7 +217,9 @@ class Announcer:
         """Ask the gateway, whose port opens once the model can answer; meanwhile report progress."""
         is_ready = await is_healthy(self._host, self._port, has_tls=self._has_tls)
         if not is_ready and self._elapsed_s > self._next_progress_s:
-            self._say(f"{self._model} is loading ({self._elapsed_s:.0f} s)")
+            has_broker = await self._has_broker()
+            state = "is loading" if has_broker else "waits for the broker, nobody answers there"
+            self._say(f"{self._model} {state} ({self._elapsed_s:.0f} s)")
             self._next_progress_s += PROGRESS_S
         return is_ready
 
@@ -232,6 +236,14 @@ class Announcer:
     def stopping(self) -> None:
         """The answer to a Ctrl-C."""
         self._say("stopping: open streams may finish; once more ends them at once")
+
+    async def _has_broker(self) -> bool:
+        """One of ours is there before anything else starts."""
+        if self._redis_url is None:
+            return True
+        from common.wire import BrokerAddress  # redis, not needed with a broker of ours
+
+        return await BrokerAddress.parse(self._redis_url).is_there()
 
     @property
     def _elapsed_s(self) -> float:

@@ -6,6 +6,7 @@ the reader sees and heals from the journal, so every (re)connect and every overf
 """
 
 import asyncio
+import itertools
 import logging
 import random
 import ssl
@@ -20,6 +21,7 @@ from common.wire import BrokerAddress
 logger = logging.getLogger(__name__)
 
 _TICK_S = 1.0
+_NUM_TURNS = 10  # in a tick: all silent listeners at once would hold everything else up
 _SILENCE_S = 6.0  # a connection that did not even answer PINGs for so long is half open
 _LONGEST_PAUSE_S = 0.5
 _CHANNELS_PER_COMMAND = 500
@@ -29,10 +31,11 @@ _MAX_WAITING = 256  # messages a slow listener may leave unread; more are droppe
 class Subscription:
     """Messages of one channel, and whether some may have been missed."""
 
-    __slots__ = ("_messages", "_waiter", "channel", "is_idle", "must_look", "on_messages")
+    __slots__ = ("_messages", "_waiter", "channel", "is_idle", "must_look", "on_messages", "turn")
 
-    def __init__(self, channel: bytes) -> None:
+    def __init__(self, channel: bytes, *, turn: int = 0) -> None:
         self.channel = channel
+        self.turn = turn  # of a tick, in which it is its own
         self.is_idle = False  # nothing since the last tick
         self.must_look = False  # at the journal, before any message is taken
         # Called while somebody waits; may take what came, and says whether the wait must end all the same.
@@ -87,6 +90,7 @@ class Subscriber:
         self._address = BrokerAddress.parse(url)
         self._subscriptions: dict[bytes, tuple[Subscription, ...]] = {}
         self._left: list[bytes] = []  # channels that the broker still sends us
+        self._turns = itertools.cycle(range(_NUM_TURNS))
         self._connection: _Connection | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -109,7 +113,7 @@ class Subscriber:
 
     def subscribe(self, channel: str) -> Subscription:
         """Start to listen. Once the broker has confirmed, there is reason to look."""
-        subscription = Subscription(channel.encode())
+        subscription = Subscription(channel.encode(), turn=next(self._turns))
         others = self._subscriptions.get(subscription.channel, ())
         self._subscriptions[subscription.channel] = (*others, subscription)
         if self._connection:
@@ -141,7 +145,8 @@ class Subscriber:
                 connection = await self._address.connect(self._connection_of_ours)
             except (OSError, TimeoutError, ssl.SSLError, RedisError) as error:
                 logger.debug("no pub/sub connection: %s", error)
-                self._tick()
+                for turn in range(_NUM_TURNS):
+                    self._tick(turn)
                 await asyncio.sleep(random.uniform(0, pause_s))
                 pause_s = min(_LONGEST_PAUSE_S, pause_s * 2)
                 continue
@@ -160,19 +165,25 @@ class Subscriber:
         channels = list(self._subscriptions)
         for start in range(0, len(channels), _CHANNELS_PER_COMMAND):
             connection.send((b"SUBSCRIBE", *channels[start : start + _CHANNELS_PER_COMMAND]))
-        while not await connection.is_lost_within(_TICK_S):
-            self._tick()
+        for turn in itertools.cycle(range(_NUM_TURNS)):
+            if await connection.is_lost_within(_TICK_S / _NUM_TURNS):
+                return
+            self._tick(turn)
             if connection.silence_s > _SILENCE_S:
                 return
-            self._send((b"PING",))
+            if turn == _NUM_TURNS - 1:
+                self._send((b"PING",))
 
     def _connection_of_ours(self) -> "_Connection":
         return _Connection(self._deliver)
 
-    def _tick(self) -> None:
-        """Make listeners that heard nothing look at the journal: heals a lost last message."""
+    def _tick(self, turn: int) -> None:
+        """Make those listeners whose turn it is look at the journal, if they heard nothing for a tick: heals a lost
+        last message."""
         for listeners in self._subscriptions.values():
             for subscription in listeners:
+                if subscription.turn != turn:
+                    continue
                 if subscription.is_idle:
                     subscription.look()
                 subscription.is_idle = True

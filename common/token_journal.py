@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 
 from common.codec import decode_frame
 from common.errors import GenerationFailed, Unavailable
-from common.lua import TRANSIENT
+from common.lua import Scripts
 from common.messages import Frame, first_chain, next_chain
 from common.redis_keys import ModelKeys
 from common.subscriber import Subscriber, Subscription
@@ -44,9 +44,16 @@ class TokenJournal:
     """Journals of one model."""
 
     def __init__(
-        self, redis: Redis, keys: ModelKeys, subscriber: Subscriber, *, hold_s: float = 30.0
+        self,
+        redis: Redis,
+        keys: ModelKeys,
+        subscriber: Subscriber,
+        *,
+        scripts: Scripts | None = None,
+        hold_s: float = 30.0,
     ) -> None:
         self._redis = redis
+        self._scripts = scripts or Scripts(redis)
         self._keys = keys
         self._subscriber = subscriber
         self._hold_s = hold_s
@@ -67,7 +74,7 @@ class TokenJournal:
         """
         subscription = self._subscriber.subscribe(self._keys.channel(request_id))
         reader = JournalReader(
-            self._redis,
+            self._scripts,
             self._keys,
             request_id,
             subscription,
@@ -97,13 +104,13 @@ class JournalReader:
     # One block of memory: among hundreds of streams, what a token's way touches is what it costs.
     __slots__ = (
         *("__weakref__", "_chain", "_error", "_expects", "_hold_s", "_is_ended", "_is_stopped"),
-        *("_journal", "_num_taken", "_ready", "_redis", "_request", "_restore", "_sink"),
+        *("_journal", "_num_taken", "_ready", "_request", "_restore", "_scripts", "_sink"),
         *("_subscription", "_taken", "on_hold"),
     )
 
     def __init__(
         self,
-        redis: Redis,
+        scripts: Scripts,
         keys: ModelKeys,
         request_id: str,
         subscription: Subscription,
@@ -113,7 +120,7 @@ class JournalReader:
         hold_s: float,
     ) -> None:
         self.on_hold: Callable[[], Awaitable[None]] | None = None
-        self._redis = redis
+        self._scripts = scripts
         self._request = keys.request(request_id)
         self._journal = keys.journal(request_id)
         self._expects = expects
@@ -229,20 +236,21 @@ class JournalReader:
                 return
 
     async def _read(self, first: int) -> tuple[list[bytes], int, bool]:
-        """Frames from `first` on, the journal's length, and whether the request is known."""
+        """Frames from `first` on, the journal's length, and whether the request is known.
+
+        By a script, on the connection that all share: hundreds of streams may look at the same time.
+        """
+        names, last = [self._request, self._journal], first + _FRAMES_PER_READ - 1
         loop = asyncio.get_running_loop()
         give_up_at, next_tick_at = loop.time() + self._hold_s, loop.time()
         while not self._is_stopped:
             try:
-                async with self._redis.pipeline(transaction=False) as pipeline:
-                    pipeline.lrange(self._journal, first, first + _FRAMES_PER_READ - 1)
-                    pipeline.llen(self._journal)
-                    pipeline.exists(self._request)
-                    items, length, num_known = await pipeline.execute()
+                found = await self._scripts.run("look", names, [first, last], patience_s=0)
+                items, length, num_known = found
                 return items, length, bool(num_known)
-            except (*TRANSIENT, RedisError) as error:
+            except (Unavailable, RedisError) as error:
                 if loop.time() > give_up_at:
-                    raise Unavailable(f"the broker does not answer: {error}") from error
+                    raise Unavailable(f"the stream cannot be read: {error}") from error
             if self.on_hold and loop.time() >= next_tick_at:
                 next_tick_at = loop.time() + _HOLD_TICK_S
                 await self.on_hold()

@@ -19,9 +19,10 @@ from redis.asyncio.connection import (
     UnixDomainSocketConnection,
     parse_url,
 )
-from redis.exceptions import ConnectionError, InvalidResponse, ReadOnlyError
+from redis.exceptions import ConnectionError, InvalidResponse, ReadOnlyError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from common.broker_url import BrokerUrlError
 from common.sentinel import SentinelSet
 
 _CONNECT_TIMEOUT_S = 2.0
@@ -37,9 +38,12 @@ class BrokerAddress:
 
     @classmethod
     def parse(cls, url: str) -> Self:
-        """Raises ValueError for a URL that is none of a broker."""
-        sentinels = SentinelSet.parse(url)
-        return cls(sentinels.login if sentinels else parse_url(url), sentinels)
+        """Raises BrokerUrlError for a URL that is none of a broker."""
+        try:
+            sentinels = SentinelSet.parse(url)
+            return cls(sentinels.login if sentinels else parse_url(url), sentinels)
+        except ValueError as error:
+            raise BrokerUrlError(url) from error
 
     @property
     def login(self) -> list[tuple[str | int, ...]]:
@@ -65,6 +69,15 @@ class BrokerAddress:
             _, protocol = await loop.create_connection(make, host, port, ssl=self._tls())
         return protocol
 
+    async def is_there(self) -> bool:
+        """Whether somebody listens."""
+        try:
+            connection = await self.connect(_Knock)
+        except (OSError, RedisError):  # TimeoutError is an OSError
+            return False
+        connection.transport.abort()
+        return True
+
     def _tls(self) -> ssl.SSLContext | None:
         """Of redis-py's `ssl_...` options those that name files, and whether the host's name counts."""
         if self.options.get("connection_class") is not SSLConnection:
@@ -77,6 +90,15 @@ class BrokerAddress:
         if certificate := self.options.get("ssl_certfile"):
             context.load_cert_chain(certificate, self.options.get("ssl_keyfile"))
         return context
+
+
+class _Knock(asyncio.Protocol):
+    """A connection that is made to see whether it can be."""
+
+    transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]
 
 
 class Wire(asyncio.Protocol):

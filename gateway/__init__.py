@@ -20,7 +20,9 @@ key_commands.py     the `keys` command, which makes them
 record.py           what one HTTP request came to
 handlers/           one function a route
 schemas/            bodies of requests and answers
+compression.py      bodies that come compressed, inflated up to a limit
 validation.py       body and model card to a request that needs no more checks
+input_limits.py     how much of everything a request may bring
 grammar.py          a client's grammar, compiled once to see that it can be
 model_directory.py  what the fleet serves, cached
 tokenization.py     text to token ids
@@ -45,6 +47,7 @@ openai_parameters.py  rules of the parameters that OpenAI's bodies share
 chat.py             a conversation to a prompt
 chat_template.py    the model's own template, in a sandbox
 tool_calls.py       function calls: their schema, and readers that find them
+json_schema.py      a client's JSON schema as it is meant
 response_format.py  what an answer must look like, as a grammar
 openai_format.py    answers in OpenAI's JSON
 openai_stream.py    frames to OpenAI's chunks

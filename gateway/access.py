@@ -3,18 +3,24 @@
 A request belongs to the key that it came with: another key can neither read nor cancel it.
 """
 
-import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from aiohttp import hdrs, web
 
-from common.errors import RateLimited, RequestNotFound
+from common.errors import (
+    GenerationFailed,
+    IdempotencyConflict,
+    Overloaded,
+    RateLimited,
+    RequestNotFound,
+)
 from common.messages import GenerationRequest, OnDisconnect
+from common.token_journal import StreamDiverged
 from gateway.admission import ANYBODY, Holder
 from gateway.api_keys import ApiKey, KeyRing
 from gateway.record import RECORD, RequestRecord
-from gateway.resumption import last_event_of
 from gateway.services import SERVICES
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -33,11 +39,44 @@ def require_key(handler: Handler, *, keys: KeyRing, is_metered: bool) -> Handler
                 headers={hdrs.WWW_AUTHENTICATE: "Bearer"},
             )
         request[_KEY], request[RECORD].key = key, key.name or None
-        if not (is_metered and key.name):
+        if not is_metered:
             return await handler(request)
-        return await _metered(request, handler, key)
+        async with paying(request):
+            return await handler(request)
 
     return check
+
+
+@asynccontextmanager
+async def paying(request: web.Request, *, is_reading: bool = False) -> AsyncIterator[None]:
+    """Serve `request` within the limits of its key, which pays for it; a key without a name has none.
+
+    Args:
+        is_reading: it only goes on with what was let in before, and so counts not as another open request.
+
+    Raises RateLimited, and Unavailable without a broker.
+    """
+    services, record, key = request.app[SERVICES], request[RECORD], request.get(_KEY)
+    if key is None or not key.name:
+        yield
+        return
+    limited = replace(key, max_concurrent_requests=None) if is_reading else key
+    try:
+        async with services.limits.held(limited, lambda: _cost(record)):
+            try:
+                yield
+            except BaseException as error:
+                record.is_left = _may_go_on_behind(error)
+                raise
+    except RateLimited:
+        services.metrics.key_refusals.labels(key.name).inc()
+        raise
+    finally:
+        if is_reading:
+            services.metrics.key_tokens.labels(key.name, "generated").inc(record.new_tokens)
+        else:
+            counts = record.new_prompt_tokens, record.new_tokens
+            services.metrics.observe_key(key.name, *counts)
 
 
 def tenant_of(request: web.Request) -> str:
@@ -77,32 +116,21 @@ def _credentials(request: web.Request) -> str:
     return credentials.strip() if scheme.lower() == "bearer" else ""
 
 
-async def _metered(request: web.Request, handler: Handler, key: ApiKey) -> web.StreamResponse:
-    services, record = request.app[SERVICES], request[RECORD]
-    last_event = last_event_of(request)
-    num_seen = last_event.index + 1 if last_event else None
-    try:
-        async with services.limits.held(key, lambda: _cost(record, num_seen)):
-            try:
-                return await handler(request)
-            except (asyncio.CancelledError, ConnectionError):
-                record.is_left = True
-                raise
-    except RateLimited:
-        services.metrics.key_refusals.labels(key.name).inc()
-        raise
-    finally:
-        services.metrics.observe_key(key.name, record.prompt_tokens, record.generated_tokens)
+def _may_go_on_behind(error: BaseException) -> bool:
+    """Whether a generation may still run when its handler ends with `error`; not when it failed, or was not queued."""
+    is_over = isinstance(error, Overloaded | IdempotencyConflict | GenerationFailed)
+    return not is_over or isinstance(error, StreamDiverged)
 
 
-def _cost(record: RequestRecord, num_seen: int | None) -> int:
-    """Tokens to pay for: prompt and answer, or of a stream that goes on what the client had not seen.
+def _cost(record: RequestRecord) -> int:
+    """Tokens to pay for: of a prompt by who queued it, of an answer by who reads them, less those read before.
 
-    A generation that runs on without its client is paid for as if it were as long as it may become.
+    A generation that shall run without its client is paid by who queued it, to its end: when that was not seen, as if
+    it were as long as it may become. Who reads it later pays nothing.
     """
-    generated = record.generated_tokens or 0
-    if record.is_left and record.on_disconnect is OnDisconnect.RUN:
-        generated = max(generated, record.max_new_tokens or 0)
-    if num_seen is not None:
-        return max(0, generated - num_seen)
-    return (record.prompt_tokens or 0) + generated
+    if record.known is not None and record.known.on_disconnect is OnDisconnect.RUN:
+        return 0
+    num_tokens = record.new_prompt_tokens + record.new_tokens
+    if record.is_left and record.known is None and record.on_disconnect is OnDisconnect.RUN:
+        return max(num_tokens, record.new_prompt_tokens + (record.max_new_tokens or 0))
+    return num_tokens

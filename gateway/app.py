@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from functools import cache, partial
 from pathlib import Path
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from common.faults import open_request_queue
 from common.lua import Scripts
@@ -67,7 +67,8 @@ def create_app(
     routes = route_table()
     for route in routes:
         handler = _handler(route, keys)
-        app.router.add_route(route.method, route.path, handler, expect_handler=answer_expect)
+        for method in _methods(route):
+            app.router.add_route(method, route.path, handler, expect_handler=answer_expect)
     app[OPENAPI] = openapi_document(routes, version=package_version(), has_key=not keys.is_open)
     app.on_response_prepare.append(add_headers)
 
@@ -84,6 +85,12 @@ def create_app(
     app.cleanup_ctx.append(services)
     app.cleanup_ctx.append(watched_keys)
     return app
+
+
+def _methods(route: Route) -> tuple[str, ...]:
+    """What can be got can be asked about by HEAD, which aiohttp answers without the body; not so a stream."""
+    is_page = route.method == hdrs.METH_GET and route.event is None
+    return (hdrs.METH_GET, hdrs.METH_HEAD) if is_page else (route.method,)
 
 
 def _handler(route: Route, keys: KeyRing):
@@ -111,7 +118,7 @@ async def open_default_services(
 
         @cache
         def open_journal(model: str) -> TokenJournal:
-            return TokenJournal(redis, ModelKeys(model), subscriber)
+            return TokenJournal(redis, ModelKeys(model), subscriber, scripts=scripts)
 
         @cache
         def open_store(model: str) -> RequestStore:

@@ -9,8 +9,9 @@ from enum import Enum
 from typing import Any
 
 from common.errors import ValidationError
-from common.messages import Grammar, GrammarKind, ModelCard
+from common.messages import Grammar, ModelCard
 from gateway.chat_template import ChatTemplate, compile_template
+from gateway.json_schema import schema_grammar
 from gateway.schemas.openai import ChatBody, Message, NamedTool, ToolBody
 from gateway.tool_calls import CallDetector, ForcedCallReader, Reader, call_schema, tools_as_text
 
@@ -40,7 +41,7 @@ class ToolUse:
         if not self.is_forced:
             return None
         functions = {tool.function.name: tool.function.parameters for tool in self.tools}
-        return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(call_schema(functions)))
+        return schema_grammar(call_schema(functions))
 
     def reader(self) -> Reader | None:
         """A reader for one answer; None when all of it is content."""
@@ -100,10 +101,16 @@ def chat_prompt(body: ChatBody, card: ModelCard, use: ToolUse) -> str:
     return template.render(
         _with_tools(messages, body, template, use),
         tools=_template_tools(use),
-        extra=body.chat_template_kwargs,
+        extra=_variables(body),
         add_generation_prompt=begins,
         continue_final_message=continues,
     )
+
+
+def _variables(body: ChatBody) -> dict[str, Any]:
+    """What the client gives the template besides the conversation; TGI has a field for `guideline`."""
+    given = body.chat_template_kwargs or {}
+    return given if body.guideline is None else {**given, "guideline": body.guideline}
 
 
 def _template_message(message: Message, template: ChatTemplate) -> dict[str, Any]:
@@ -145,7 +152,7 @@ def _arguments(given: str | dict[str, Any]) -> dict[str, Any]:
         return given
     try:
         arguments = json.loads(given or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
         raise ValidationError(

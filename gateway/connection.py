@@ -7,6 +7,7 @@ import ssl
 from http import HTTPStatus
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from common.errors import FleetError, RequestTimedOut
 from gateway.listener import Listener
@@ -21,23 +22,39 @@ WRITE_TIMEOUT_S = 60.0  # in which a client must have read something of what wai
 
 
 class Connection(web.RequestHandler):
-    """aiohttp's protocol with limits of time, and its own answers in our shape; parsing and all else is aiohttp's."""
+    """aiohttp's protocol with limits of time, and its own answers in our shape; parsing and all else is aiohttp's.
 
-    __slots__ = ("_head_timer", "_read_timeout_s", "_write_timer")
+    Bodies come as they were sent: aiohttp would inflate even those that nobody reads, on the event loop and without
+    an end.
+    """
+
+    __slots__ = ("_head_timer", "_is_head_begun", "_read_timeout_s", "_write_timer")
 
     def __init__(self, manager: web.Server, *, read_timeout_s: float) -> None:
         loop = asyncio.get_running_loop()
-        super().__init__(manager, loop=loop, access_log=None, keepalive_timeout=_KEEP_ALIVE_S)
+        super().__init__(
+            manager,
+            loop=loop,
+            access_log=None,
+            keepalive_timeout=_KEEP_ALIVE_S,
+            auto_decompress=False,
+        )
         self._read_timeout_s = read_timeout_s
+        self._is_head_begun = False
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._await_head()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if not self._waits_for_head():
             self._stop_timer()
-        elif self._head_timer is None:
-            self._head_timer = self._loop.call_later(self._read_timeout_s, self._give_up)
+        elif data and not self._is_head_begun:
+            self._await_head()  # once more: its first byte came
+            self._is_head_begun = True
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._stop_timer()
@@ -95,11 +112,20 @@ class Connection(web.RequestHandler):
         if isinstance(resp, web.HTTPException) and resp.status >= 400:
             text = _json("http_error", resp.text or resp.reason)
             resp = web.Response(status=resp.status, text=text, content_type="application/json")
-        return await super().finish_response(request, resp, start_time)
+        finished = await super().finish_response(request, resp, start_time)
+        if self.transport is not None:
+            self._await_head()  # its beginning may have come already, behind the request
+        return finished
 
     def _waits_for_head(self) -> bool:
         """Whether no request is being served: then what has arrived is an unfinished head."""
-        return self._waiter is not None and not self._waiter.done()
+        is_resting = self._waiter is not None and not self._waiter.done()
+        return is_resting or self._request_count == 0
+
+    def _await_head(self) -> None:
+        self._stop_timer()
+        self._is_head_begun = False
+        self._head_timer = self._loop.call_later(self._read_timeout_s, self._give_up)
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:
@@ -110,9 +136,22 @@ class Connection(web.RequestHandler):
         self._head_timer = None
         if not self._waits_for_head() or self.transport is None:
             return
-        error = RequestTimedOut(f"The headers did not arrive within {self._read_timeout_s:g} s")
-        self.transport.write(_whole_response(HTTPStatus.REQUEST_TIMEOUT, error_json(error)))
-        self.force_close()
+        if self._holds_half_a_head():
+            error = RequestTimedOut(f"The headers did not arrive within {self._read_timeout_s:g} s")
+            self.transport.write(_whole_response(HTTPStatus.REQUEST_TIMEOUT, error_json(error)))
+            self.force_close()
+        elif self._request_count == 0:
+            self.force_close()  # without a word: nothing was asked
+
+    def _holds_half_a_head(self) -> bool:
+        """Asks the parser, which tells nothing else: an empty line ends or breaks a head, and means nothing between
+        requests.
+        """
+        try:
+            messages, _, _ = self._parser.feed_data(b"\r\n\r\n")
+        except HttpProcessingError:
+            return True
+        return bool(messages)
 
 
 class Site(web.BaseSite):

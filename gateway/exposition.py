@@ -6,12 +6,15 @@ files. The counts of a process that died stay in the sum, or counters would run 
 
 import asyncio
 import json
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.utils import floatToGoString
+
+logger = logging.getLogger(__name__)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 WRITE_S = 1.0
@@ -29,9 +32,20 @@ class SharedMetrics:
         self._file = folder / f"{os.getpid()}{_LIVE}" if folder else None
 
     async def run(self) -> None:
-        """Keep this process's file fresh, for ever."""
+        """Keep this process's file fresh, for ever. While it cannot be written, the others see the last one."""
+        is_fresh = True
         while True:
-            self.write()
+            was_fresh, is_fresh = is_fresh, True
+            try:
+                self.write()
+            except OSError as error:  # a full disk is no reason to end the streams of this process
+                is_fresh = False
+                if was_fresh:
+                    logger.error(
+                        "/metrics of the other processes misses news of this one: %s", error
+                    )
+            if is_fresh and not was_fresh:
+                logger.info("/metrics of the other processes is complete again")
             await asyncio.sleep(WRITE_S)
 
     def write(self) -> None:

@@ -4,11 +4,11 @@ Knows no HTTP.
 """
 
 import asyncio
-import json
 
 from common.errors import ValidationError
 from common.grammar import GrammarError, check_grammar
 from common.messages import Grammar, GrammarKind
+from gateway.json_schema import schema_grammar
 from gateway.schemas.native import AnyGrammar, JsonGrammar, JsonSchemaGrammar, RegexGrammar
 
 
@@ -32,9 +32,8 @@ async def require_valid(grammar: Grammar) -> None:
 
 def _grammar(given: AnyGrammar) -> Grammar:
     if isinstance(given, JsonSchemaGrammar):
-        return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(given.value.value))
+        return schema_grammar(given.value.value)
     if isinstance(given, JsonGrammar):
-        schema = given.value if isinstance(given.value, str) else json.dumps(given.value)
-        return Grammar(GrammarKind.JSON_SCHEMA, schema)
+        return schema_grammar(given.value)
     is_regex = isinstance(given, RegexGrammar)
     return Grammar(GrammarKind.REGEX if is_regex else GrammarKind.LARK, given.value)

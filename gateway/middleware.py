@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import uuid
 from collections.abc import Awaitable, Callable
 
@@ -27,10 +28,12 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _QUIET_PATHS = frozenset(
     ("/health", "/health/live", "/health/ready", "/ready", "/ping", "/metrics")
 )
-_ALLOWED_HEADERS = (
+_OUR_HEADERS = (
     "authorization, content-type, idempotency-key, last-event-id, traceparent, x-on-disconnect, "
     "x-model, x-request-id"
 )
+_HEADER_NAMES = re.compile(r"[\w!#$%&'*+.^`|~-]+(?: *, *[\w!#$%&'*+.^`|~-]+)*", re.ASCII)
+_LONGEST_HEADER_NAMES = 2000  # characters; OpenAI's JavaScript client asks for 12 headers in 250
 _EXPOSED_HEADERS = (
     "retry-after, x-request-id, x-compute-type, x-compute-time, x-compute-characters, x-total-time, "
     "x-validation-time, x-queue-time, x-inference-time, x-time-per-token, x-prompt-tokens, x-generated-tokens"
@@ -92,18 +95,30 @@ def _route(request: web.Request) -> str:
 
 @web.middleware
 async def cors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer preflight requests; `add_headers` does the rest."""
+    """Answer preflight requests; `add_headers` does the rest.
+
+    Any header may be sent: there is no cookie that a page of somebody else could use.
+    """
     if (
         request.method == hdrs.METH_OPTIONS
         and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
     ):
         headers = {
-            hdrs.ACCESS_CONTROL_ALLOW_METHODS: "DELETE, GET, POST",
-            hdrs.ACCESS_CONTROL_ALLOW_HEADERS: _ALLOWED_HEADERS,
+            hdrs.ACCESS_CONTROL_ALLOW_METHODS: "DELETE, GET, HEAD, POST",
+            hdrs.ACCESS_CONTROL_ALLOW_HEADERS: _allowed_headers(request),
             hdrs.ACCESS_CONTROL_MAX_AGE: "600",
+            hdrs.VARY: hdrs.ACCESS_CONTROL_REQUEST_HEADERS,
         }
         return web.Response(status=204, headers=headers)
     return await handler(request)
+
+
+def _allowed_headers(request: web.Request) -> str:
+    """Ours, and those that the client asks for if it is a list of names: `*` would leave out `authorization`."""
+    asked = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "").strip()
+    if len(asked) <= _LONGEST_HEADER_NAMES and _HEADER_NAMES.fullmatch(asked):
+        return f"{_OUR_HEADERS}, {asked}"
+    return _OUR_HEADERS
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
@@ -115,13 +130,14 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
         request.headers.get(hdrs.ORIGIN),
         request.app[SERVICES].settings.cors_allow_origin,
     )
+    if allowed:
+        response.headers.add(hdrs.VARY, hdrs.ORIGIN)
     if origin is None:
         return
     if not allowed:
         response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = "*"
     elif origin in allowed:
         response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
-        response.headers.add(hdrs.VARY, hdrs.ORIGIN)
     response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = _EXPOSED_HEADERS
 
 
@@ -185,7 +201,7 @@ def _http_error(request: web.Request, error: web.HTTPException) -> web.StreamRes
         raise error
     kind = _ERROR_TYPES.get(error.status, "http_error")
     request[RECORD].error_type = kind
-    kept = (hdrs.ALLOW, hdrs.WWW_AUTHENTICATE)
+    kept = (hdrs.ALLOW, hdrs.ACCEPT_ENCODING, hdrs.WWW_AUTHENTICATE)
     headers = {name: error.headers[name] for name in kept if name in error.headers}
     message = (
         error.text if error.text and not error.text.startswith(str(error.status)) else error.reason

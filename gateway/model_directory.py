@@ -57,32 +57,40 @@ class ModelDirectory:
         self._queue_of = queue_of
         self._default_model = default_model
         self._models: dict[str, ServedModel] = {}
-        self._is_reachable = False
+        self._only_live: str | None = None
+        self._is_reachable: bool | None = None  # not asked yet
         self._refreshed_at = float("-inf")
         self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
 
     @property
     def models(self) -> list[ServedModel]:
-        """Everything that is served, by name."""
-        return [self._models[name] for name in sorted(self._models)]
+        """Everything that is served: first what a worker takes requests for now, then by name.
+
+        What no worker serves stays for its day: its queue takes requests, for workers that may come back.
+        """
+        return sorted(self._models.values(), key=lambda model: (not model.is_ready, model.name))
 
     @property
     def is_reachable(self) -> bool:
         """Whether the broker answered the last time."""
-        return self._is_reachable
+        return bool(self._is_reachable)
 
     @property
     def is_ready(self) -> bool:
         """Whether the broker answers and a worker takes requests."""
-        return self._is_reachable and any(model.is_ready for model in self._models.values())
+        return self.is_reachable and any(model.is_ready for model in self._models.values())
 
     @property
     def default(self) -> ServedModel | None:
-        """The model of a request that names none, if that is clear."""
-        if self._default_model is not None:
-            return self._models.get(self._default_model)
-        return next(iter(self._models.values())) if len(self._models) == 1 else None
+        """The model of a request that names none, if that is clear: the operator's, the only one, or the only live one.
+
+        The only live one remains it while no worker is there at all: they may be changing.
+        """
+        name = self._default_model
+        if name is None:
+            name = next(iter(self._models)) if len(self._models) == 1 else self._only_live
+        return None if name is None else self._models.get(name)
 
     async def find(self, name: str | None) -> ServedModel:
         """The model called `name`, or the default.
@@ -112,35 +120,44 @@ class ModelDirectory:
     async def refresh(self) -> None:
         """Read the registry once. Without a broker what was known stays, marked as not reachable."""
         async with self._lock:
-            try:
-                models = [await self._load(name) for name in await self._registry.models()]
-            except (RedisError, OSError, TimeoutError) as error:
-                if self._is_reachable:
-                    logger.warning("the broker does not answer: %s", error)
-                self._is_reachable = False
-            else:
-                if not self._is_reachable:
-                    logger.info("the broker answers", extra={"models": len(models)})
-                self._is_reachable = True
-                self._models = {model.name: model for model in models if model is not None}
-                self._tokenizers.keep_only(
-                    {model.card.tokenizer_digest for model in self._models.values()}
-                )
-            self._refreshed_at = asyncio.get_running_loop().time()
-            self._changed.set()
+            await self._refresh()
+
+    async def _refresh(self) -> None:
+        try:
+            models = [await self._load(name) for name in await self._registry.models()]
+        except (RedisError, OSError, TimeoutError) as error:
+            if self._is_reachable is not False:
+                logger.warning("the broker does not answer: %s", error)
+            self._is_reachable = False
+        else:
+            if not self._is_reachable:
+                logger.info("the broker answers", extra={"models": len(models)})
+            self._is_reachable = True
+            self._take({model.name: model for model in models if model is not None})
+        self._refreshed_at = asyncio.get_running_loop().time()
+        self._changed.set()
+
+    def _take(self, models: dict[str, ServedModel]) -> None:
+        self._models = models
+        self._tokenizers.keep_only({model.card.tokenizer_digest for model in models.values()})
+        live = [model.name for model in models.values() if model.is_ready]
+        if live:
+            self._only_live = live[0] if len(live) == 1 else None
 
     def _find(self, name: str | None) -> ServedModel | None:
         return self.default if name is None else self._models.get(name)
 
     async def _look_again(self) -> None:
-        if asyncio.get_running_loop().time() - self._refreshed_at > _LOOK_AGAIN_S:
-            await self.refresh()
+        """Many who wait for the lock with an unknown name are content with one look."""
+        async with self._lock:
+            if asyncio.get_running_loop().time() - self._refreshed_at > _LOOK_AGAIN_S:
+                await self._refresh()
 
     def _not_found(self, name: str | None) -> Exception:
         if not self._models:
             what = "no model is served yet" if self._is_reachable else "the broker does not answer"
             return Unavailable(f"The service cannot answer right now: {what}")
-        served = ", ".join(f"`{known}`" for known in sorted(self._models))
+        served = ", ".join(f"`{known.name}`" for known in self.models)
         wanted = self._default_model if name is None else name
         if wanted is None:
             return ValidationError(

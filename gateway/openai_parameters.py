@@ -5,10 +5,10 @@ from typing import Any, NoReturn
 
 from common.errors import ValidationError
 from common.messages import Grammar, ModelCard, Sampling, Stopping
+from gateway.input_limits import check_stops, checked_logit_bias
 from gateway.openai_errors import ContextLengthExceeded
 from gateway.schemas.openai import ChatBody, CommonBody
 from gateway.settings import GatewaySettings
-from gateway.validation import checked_logit_bias
 
 _MOST_ANSWERS = 128  # OpenAI's limit of `n`
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -54,7 +54,7 @@ def check_common(body: CommonBody, settings: GatewaySettings) -> None:
     )
     stops, most = stops_of(body), settings.max_stop_sequences
     require(len(stops) <= most, f"`stop` takes up to {most} texts. Given: {len(stops)}")
-    require("" not in stops, "`stop` must not contain an empty text")
+    check_stops(stops)
 
 
 def check_chat(body: ChatBody, settings: GatewaySettings) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from common.messages import GenerationRequest, Sampling
 from gateway.chat import ToolChoice, ToolUse, chat_prompt, tool_use_of
 from gateway.grammar import require_valid
+from gateway.input_limits import check_stored, check_vocabulary
 from gateway.model_directory import ServedModel
 from gateway.openai_parameters import check_chat, check_common, require, sampling_of, stopping_of
 from gateway.response_format import grammar_of
@@ -43,6 +44,7 @@ class ValidCall:
     echoes: bool = False
     drops_answer: bool = False  # `max_tokens` 0: only the prompt is scored
     tools: ToolUse = field(default_factory=ToolUse)
+    num_characters: int = 0  # of the prompts that came as text
     keeps_special_tokens: bool = False  # in the text
 
     @property
@@ -105,6 +107,7 @@ async def validate_completion(
         )
         for tokens in token_lists
     ]
+    check_stored([(request, num_candidates) for request in requests])
     return ValidCall(
         id=request_id,
         is_chat=False,
@@ -112,6 +115,7 @@ async def validate_completion(
         num_answers=body.n or 1,
         includes_usage=_includes_usage(body),
         has_logprobs=body.logprobs is not None,
+        num_characters=sum(len(entry) for entry in _entries(body) if isinstance(entry, str)),
         echoes=echoes,
         drops_answer=drops_answer,
         keeps_special_tokens=model.card.keeps_special_tokens,
@@ -160,7 +164,9 @@ async def validate_chat(
         deadline_s=settings.request_deadline_s,
         traceparent=traceparent,
     )
+    check_vocabulary("messages", tokens, model)
     num_answers = body.n or 1
+    check_stored([(request, num_answers)])
     return ValidCall(
         id=request_id,
         is_chat=True,
@@ -169,6 +175,7 @@ async def validate_chat(
         includes_usage=_includes_usage(body),
         has_logprobs=bool(body.logprobs),
         tools=tools,
+        num_characters=len(text),
         keeps_special_tokens=model.card.keeps_special_tokens,
     )
 
@@ -194,27 +201,31 @@ def _num_candidates(body: CompletionBody, settings: GatewaySettings) -> int:
     return best_of
 
 
+def _entries(body: CompletionBody) -> list[Any]:
+    """The prompts, each a text or a list of token ids."""
+    prompt = body.prompt
+    is_one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))
+    return [prompt] if is_one else list(prompt)
+
+
 async def _prompts(
     body: CompletionBody, model: ServedModel, settings: GatewaySettings
 ) -> tuple[list[str], list[tuple[int, ...]]]:
     """Texts, which only `echo` needs, and token ids."""
-    prompt, most = body.prompt, settings.max_client_batch_size
-    is_one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))
-    given: list[Any] = [prompt] if is_one else list(prompt)
+    given, most = _entries(body), settings.max_client_batch_size
     require(bool(given), "`prompt` cannot be an empty list")
     require(len(given) <= most, f"`prompt` takes up to {most} prompts. Given: {len(given)}")
     texts, token_lists = [], []
     for entry in given:
-        if isinstance(entry, str):
+        is_text = isinstance(entry, str)
+        tokens = tuple(await model.tokenizer.encode(entry) if is_text else entry)
+        require(bool(tokens), "`prompt` must have at least one token")
+        check_vocabulary("prompt", tokens, model)
+        token_lists.append(tokens)
+        if is_text:
             texts.append(entry)
-            token_lists.append(tuple(await model.tokenizer.encode(entry)))
         else:
-            size = model.card.vocab_size
-            wrong = next((token for token in entry if token >= size), None)
-            require(wrong is None, f"`prompt` takes token ids below {size}. Given: {wrong}")
-            texts.append(model.tokenizer.decode(entry) if body.echo else "")
-            token_lists.append(tuple(entry))
-        require(bool(token_lists[-1]), "`prompt` must have at least one token")
+            texts.append(model.tokenizer.decode(tokens) if body.echo else "")
     return texts, token_lists
 
 

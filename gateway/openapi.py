@@ -19,7 +19,7 @@ _ERRORS = {
     408: "The body did not arrive in time",
     409: "The stream cannot be continued behind the event of `Last-Event-ID`",
     413: "The body is too long",
-    415: "The body is not declared as JSON",
+    415: "The body is not declared as JSON, or compressed in a way that is not known here",
     422: "The request breaks a rule; the message states rule and value",
     424: "The generation failed",
     429: "Overloaded, or the key has used what it may. Retry-After says when to come back",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
-from common.messages import OnDisconnect
+from common.messages import GenerationRequest, OnDisconnect
 
 
 @dataclass(slots=True)
@@ -19,9 +19,11 @@ class RequestRecord:
     model: str | None = None
     max_new_tokens: int | None = None
     on_disconnect: OnDisconnect = OnDisconnect.CANCEL
-    is_left: bool = False  # by its client, before the end
+    known: GenerationRequest | None = None  # which another HTTP request has queued
+    is_left: bool = False  # before its end was seen
     prompt_tokens: int | None = None
     generated_tokens: int | None = None
+    seen_tokens: int = 0  # of these, what the client had read before
     finish_reason: str | None = None
     first_token_s: float | None = None  # after the arrival
     queue_s: float | None = None
@@ -30,6 +32,15 @@ class RequestRecord:
     @property
     def elapsed_s(self) -> float:
         return time.perf_counter() - self.started_at
+
+    @property
+    def new_prompt_tokens(self) -> int:
+        return 0 if self.known else self.prompt_tokens or 0
+
+    @property
+    def new_tokens(self) -> int:
+        """Generated tokens that the client had not read before."""
+        return max(0, (self.generated_tokens or 0) - self.seen_tokens)
 
     def fields(self) -> dict[str, str | int | float]:
         """Everything that is known, for the log."""

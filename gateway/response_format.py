@@ -1,9 +1,10 @@
 """`response_format` of a chat, in OpenAI's shapes and TGI's, as a grammar. Knows no HTTP."""
 
-import json
+from typing import Any
 
 from common.errors import ValidationError
 from common.messages import Grammar, GrammarKind
+from gateway.json_schema import schema_grammar
 from gateway.schemas.openai import ResponseFormat
 
 _EXPRESSIONS = {"regex": GrammarKind.REGEX, "lark": GrammarKind.LARK}
@@ -22,10 +23,10 @@ def grammar_of(given: ResponseFormat | None) -> Grammar | None:
         if not isinstance(given.value, str):
             raise _wrong(f"of the type {given.type} needs a text as `value`")
         return Grammar(_EXPRESSIONS[given.type], given.value)
-    return Grammar(GrammarKind.JSON_SCHEMA, _schema(given))
+    return schema_grammar(_schema(given))
 
 
-def _schema(given: ResponseFormat) -> str:
+def _schema(given: ResponseFormat) -> Any:
     """The JSON schema; any object when none is given."""
     value = given.value
     if given.type == "json_schema":
@@ -35,9 +36,7 @@ def _schema(given: ResponseFormat) -> str:
             value = value["schema"]
         else:
             raise _wrong("of the type json_schema needs `json_schema`: {name, schema}")
-    if value is None:
-        value = {"type": "object"}
-    return value if isinstance(value, str) else json.dumps(value)
+    return {"type": "object"} if value is None else value
 
 
 def _wrong(rule: str) -> ValidationError:

@@ -66,7 +66,7 @@ class Route:
     @property
     def generates(self) -> bool:
         """Whether it puts a generation on the queue."""
-        return self.body is not None and 429 in self.errors
+        return self.body is not None and 424 in self.errors
 
     @property
     def shown_path(self) -> str:
@@ -74,7 +74,7 @@ class Route:
         return re.sub(r":[^}]+}", "}", self.path)
 
 
-_PROMPT_ERRORS = (400, 401, 404, 408, 413, 415, 422, 503)
+_PROMPT_ERRORS = (400, 401, 404, 408, 413, 415, 422, 429, 503)
 _GENERATION_ERRORS = (400, 401, 404, 408, 409, 413, 415, 422, 424, 429, 503)
 _generating = partial(Route, "POST", tag=GENERATION, needs_key=True, errors=_GENERATION_ERRORS)
 

@@ -5,6 +5,7 @@ import contextlib
 import gc
 import logging
 import multiprocessing
+import resource
 import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -29,6 +30,7 @@ _CLOSING_S = 2.0  # for handlers to end once their streams were stopped
 def run_server(settings: GatewaySettings, metrics_folder: Path | None = None) -> None:
     """Serve until SIGTERM or SIGINT. Raises OSError when the port cannot be had."""
     configure_logging(settings.log_level, settings.json_output)
+    _raise_file_limit()
     gc.freeze()  # what was imported stays: a full collection need not walk through it
     gc.set_threshold(5_000, 20, 100)  # one read brings hundreds of frames: none is in a cycle
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -102,6 +104,13 @@ async def _is_ready_before(app: web.Application, stop: asyncio.Event) -> bool:
         task.cancel()
     await asyncio.gather(ready, stopped, return_exceptions=True)
     return not stop.is_set()
+
+
+def _raise_file_limit() -> None:
+    """Allow as many open files as the system lets us: a connection is one, and shells allow 1024 by default."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # macOS says "no limit", and has one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _stop_on_signals() -> asyncio.Event:

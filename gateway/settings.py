@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from common.broker_url import check_broker_url
 from common.settings import setting
 
 
@@ -97,6 +98,7 @@ class GatewaySettings:
     )
 
     def __post_init__(self) -> None:
+        check_broker_url(self.redis_url)
         for name in (
             "gateway_workers",
             "max_concurrent_requests",

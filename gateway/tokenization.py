@@ -5,28 +5,24 @@ a thread, where the tokenizer works without Python's lock.
 """
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
+from json.encoder import encode_basestring as quote  # json.dumps(ensure_ascii=False), in C
+from typing import TypeVar
 
 from tokenizers import Encoding, Tokenizer
 
 from common.errors import ValidationError
-from gateway.galactica import mark_sequences, unmarked_offset
+from gateway.galactica import mark_sequences, unmarked_places
 
 PROMPT_STYLES = ("", "galactica")
 INLINE_CHARACTERS = 1000  # at most 0.4 ms, with a token for every byte
+_ROWS_AT_ONCE = 500  # a third of a millisecond
+_PAUSE_S = 1e-4  # with less, the thread has Python's lock again before another woke
 
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A token of a text with its place in it, in characters."""
-
-    id: int
-    text: str
-    start: int
-    stop: int
+Result = TypeVar("Result")
 
 
 class TextTokenizer:
@@ -56,16 +52,18 @@ class TextTokenizer:
         """The text of tokens, special ones left out."""
         return self._tokenizer.decode(list(tokens))
 
-    async def spans(self, text: str, *, adds_special_tokens: bool = True) -> list[Span]:
-        """Tokens with their places in `text`; added special tokens have none. Raises ValidationError."""
+    async def spans_json(
+        self, text: str, *, last: int | None = None, adds_special_tokens: bool = True
+    ) -> bytes:
+        """Tokens with their places in `text` as TGI's JSON, or only the `last` of them.
+
+        Added special tokens have no place. Raises ValidationError.
+        """
         prepared = self._prepared(text)
-        encoding = await self._encoding(prepared, adds_special_tokens=adds_special_tokens)
-        spans = []
-        for id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-            if prepared is not text:
-                start, stop = unmarked_offset(prepared, start), unmarked_offset(prepared, stop)
-            spans.append(Span(id, text[start:stop], start, stop))
-        return spans
+        encode = partial(self._encode, prepared, adds_special_tokens=adds_special_tokens)
+        place_of = unmarked_places(prepared) if prepared is not text else None
+        write = partial(_written_spans, encode, text, place_of, last=last)
+        return await self._called(write, num_characters=len(prepared))
 
     def token(self, id: int) -> str:
         """The vocabulary's own spelling of a token."""
@@ -75,15 +73,54 @@ class TextTokenizer:
         return mark_sequences(text) if self._prompt_style == "galactica" else text
 
     async def _encoding(self, text: str, *, adds_special_tokens: bool) -> Encoding:
-        encode = partial(self._tokenizer.encode, text, add_special_tokens=adds_special_tokens)
+        encode = partial(self._encode, text, adds_special_tokens=adds_special_tokens)
+        return await self._called(encode, num_characters=len(text))
+
+    def _encode(self, text: str, *, adds_special_tokens: bool) -> Encoding:
+        """As a batch of one: `Tokenizer.encode` would hold Python's lock, also in a thread."""
+        return self._tokenizer.encode_batch([text], add_special_tokens=adds_special_tokens)[0]
+
+    async def _called(self, work: Callable[[], Result], *, num_characters: int) -> Result:
+        """What `work` makes of a text, here or in a thread. Raises ValidationError."""
         try:
-            if len(text) <= INLINE_CHARACTERS:
-                return encode()
-            return await asyncio.get_running_loop().run_in_executor(self._executor, encode)
+            if num_characters <= INLINE_CHARACTERS:
+                return work()
+            return await asyncio.get_running_loop().run_in_executor(self._executor, work)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # the library raises bare Exception
             raise ValidationError(f"Input validation error: tokenizer error {error}") from error
+
+
+def _written_spans(
+    encode: Callable[[], Encoding],
+    text: str,
+    place_of: Callable[[int], int] | None,
+    *,
+    last: int | None,
+) -> bytes:
+    """The rows of `TextTokenizer.spans_json`, made for a thread beside the event loop.
+
+    Not a call here holds Python's lock for long, which `encoding.offsets` and json.dumps do with a million tokens, and
+    between some rows it is laid down: the loop needs it back after every system call.
+    """
+    encoding = encode()
+    ids, parts = encoding.ids, []
+    numbers = range(len(ids))[-last:] if last else range(len(ids))
+    for first in range(0, len(numbers), _ROWS_AT_ONCE):
+        if first:
+            time.sleep(_PAUSE_S)
+        rows = []
+        for number in numbers[first : first + _ROWS_AT_ONCE]:
+            start, stop = encoding.token_to_chars(number) or (0, 0)
+            if place_of:
+                start, stop = place_of(start), place_of(stop)
+            shown = quote(text[start:stop])
+            rows.append(
+                f'{{"id": {ids[number]}, "text": {shown}, "start": {start}, "stop": {stop}}}'
+            )
+        parts.append((", " * bool(first) + ", ".join(rows)).encode())
+    return b"".join((b"[", *parts, b"]"))  # a join lets go of the lock, a sum does not
 
 
 class TokenizerCache:

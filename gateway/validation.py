@@ -4,12 +4,17 @@ Nothing behind this file checks user input again: not the queue, not the worker.
 """
 
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from common.errors import ValidationError
 from common.messages import GenerationRequest, Grammar, ModelCard, Sampling, Stopping
 from gateway.grammar import checked_grammar
+from gateway.input_limits import (
+    check_stops,
+    check_stored,
+    check_vocabulary,
+    checked_logit_bias,
+)
 from gateway.model_directory import ServedModel
 from gateway.schemas.native import GenerateBody, GenerateParameters
 from gateway.settings import GatewaySettings
@@ -68,6 +73,7 @@ async def validate(
     _require(bool(body.inputs), "`inputs` cannot be empty")
     prompt = await _prompt_tokens(body, model)
     stopping = _stopping(parameters, card, num_prompt_tokens=len(prompt))
+    check_vocabulary("inputs", prompt, model)
     bias = checked_logit_bias(parameters.logit_bias, card)
     grammar = await checked_grammar(parameters.grammar)
     request = GenerationRequest(
@@ -85,10 +91,13 @@ async def validate(
     is_full = (
         returns_full_text if parameters.return_full_text is None else parameters.return_full_text
     )
+    prefix = body.inputs if is_full else ""
+    sequences = _sequences(request, parameters.best_of or 1)
+    check_stored([(request, len(sequences))], num_more_bytes=len(sequences) * len(prefix))
     return ValidGeneration(
-        requests=_sequences(request, parameters.best_of or 1),
+        requests=sequences,
         has_details=parameters.details or parameters.decoder_input_details,
-        prefix=body.inputs if is_full else "",
+        prefix=prefix,
         num_characters=len(body.inputs),
         keeps_special_tokens=card.keeps_special_tokens,
     )
@@ -152,7 +161,7 @@ def _check_parameters(given: GenerateParameters, settings: GatewaySettings) -> N
         num_stops <= most_stops,
         f"`stop` supports up to {most_stops} stop sequences. Given: {num_stops}",
     )
-    _require("" not in given.stop, "`stop` must not contain an empty text")
+    check_stops(given.stop)
     _require(best_of == 1 or given.seed is None, "`seed` must not be set when `best_of` > 1")
     largest = settings.max_top_n_tokens
     _require(
@@ -198,25 +207,6 @@ def _stopping(given: GenerateParameters, card: ModelCard, *, num_prompt_tokens: 
         include_stop=given.include_stop is not False,
         ignore_eos=given.ignore_eos_token,
     )
-
-
-def checked_logit_bias(
-    given: Mapping[str, float] | None, card: ModelCard
-) -> tuple[tuple[int, float], ...]:
-    """Token ids and what is added to their logits. Raises ValidationError."""
-    bias = []
-    for token, value in (given or {}).items():
-        is_token = token.isascii() and token.isdigit() and len(token) < 10
-        _require(
-            is_token and int(token) < card.vocab_size,
-            f"`logit_bias` takes token ids >= 0 and < {card.vocab_size}. Given: {token[:20]}",
-        )
-        _require(
-            -100.0 <= value <= 100.0,
-            f"`logit_bias` values must be >= -100.0 and <= 100.0. Given: {value}",
-        )
-        bias.append((int(token), value))
-    return tuple(bias)
 
 
 def _sampling(

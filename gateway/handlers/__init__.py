@@ -1,7 +1,9 @@
 """One function a route. A handler reads the request, calls the use case and shapes the answer; it decides nothing.
 
-body.py      the request's JSON as a pydantic model, or the error that says what is wrong with it
+body.py      the request's JSON as a pydantic model
+body_errors.py  what is wrong with it, in a line
 routing.py   which model a request is for
+headers.py   TGI's headers of an answer: what computed it, and how long it took
 outcome.py   what became of a generation, into metrics and records
 openai.py    /v1/completions, /v1/chat/completions, /v1/models/{id}
 platforms.py /invocations, /vertex, /chat_tokenize

@@ -1,20 +1,19 @@
-"""The request's JSON as a pydantic model, or the error that says what is wrong with it."""
+"""The request's JSON as a pydantic model. What is wrong with it, body_errors.py says."""
 
 import asyncio
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 from pydantic import BaseModel
 from pydantic import ValidationError as BodyError
 
-from common.errors import MalformedRequest, RequestTimedOut, ValidationError
+from common.errors import MalformedRequest, RequestTimedOut
+from gateway.compression import ENCODINGS, inflate
+from gateway.handlers.body_errors import NOT_JSON, error_of
 from gateway.services import SERVICES
 
 Body = TypeVar("Body", bound=BaseModel)
-
-_NOT_JSON = "Failed to parse the request body as JSON: "
-_WRONG_TYPE = "Failed to deserialize the JSON body into the target type: "
 
 
 async def read_body(request: web.Request, cls: type[Body]) -> Body:
@@ -34,28 +33,46 @@ async def read_body(request: web.Request, cls: type[Body]) -> Body:
     try:
         return cls.model_validate_json(data)
     except BodyError as error:
-        raise _in_words(error.errors(include_url=False, include_input=False)[0]) from None
+        raise error_of(error, data) from None
 
 
 async def read_data(request: web.Request) -> bytes:
-    """The body as it came. Raises MalformedRequest, RequestTimedOut and HTTPRequestEntityTooLarge."""
-    limit_s = request.app[SERVICES].settings.read_timeout_s
+    """The body, inflated if it is compressed.
+
+    Raises MalformedRequest, RequestTimedOut, HTTPUnsupportedMediaType and HTTPRequestEntityTooLarge.
+    """
+    encoding = _encoding_of(request)
+    settings = request.app[SERVICES].settings
     try:
-        async with asyncio.timeout(limit_s):
-            return await request.read()
+        async with asyncio.timeout(settings.read_timeout_s):
+            data = await request.read()
     except TimeoutError as error:
-        raise RequestTimedOut(f"The body did not arrive within {limit_s:g} s") from error
+        text = f"The body did not arrive within {settings.read_timeout_s:g} s"
+        raise RequestTimedOut(text) from error
     except (web.RequestPayloadError, HttpProcessingError) as error:
-        raise MalformedRequest(f"{_NOT_JSON}the body is broken: {error}") from error
+        raise MalformedRequest(f"{NOT_JSON}the body is broken: {error}") from error
+    return await _inflated(data, encoding, limit=settings.payload_limit) if encoding else data
 
 
-def _in_words(problem: dict[str, Any]) -> Exception:
-    """The first problem as one line; what the client sent is not repeated."""
-    if problem["type"] == "json_invalid":
-        reason = problem["ctx"]["error"] if "ctx" in problem else problem["msg"]
-        return MalformedRequest(f"{_NOT_JSON}{reason}")
-    place = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return ValidationError(f"Unrecognized request argument supplied: {place}", param=place)
-    text = f"{_WRONG_TYPE}{place + ': ' if place else ''}{problem['msg']}"
-    return ValidationError(text, param=place or None)
+def _encoding_of(request: web.Request) -> str:
+    """How the body is compressed; "" when it is not. Raises HTTPUnsupportedMediaType."""
+    given = request.headers.get(hdrs.CONTENT_ENCODING, "")
+    encoding = given.strip().lower().removeprefix("x-")
+    if encoding in ("", "identity"):
+        return ""
+    if encoding not in ENCODINGS:
+        raise web.HTTPUnsupportedMediaType(
+            text=f"`Content-Encoding` must be {' or '.join(ENCODINGS)}. Given: {given[:100]}",
+            headers={hdrs.ACCEPT_ENCODING: ", ".join(ENCODINGS)},
+        )
+    return encoding
+
+
+async def _inflated(data: bytes, encoding: str, *, limit: int) -> bytes:
+    try:
+        text = await asyncio.to_thread(inflate, data, encoding, limit=limit)
+    except ValueError as error:
+        raise MalformedRequest(f"{NOT_JSON}the body is broken: {error}") from error
+    if len(text) > limit:
+        raise web.HTTPRequestEntityTooLarge(max_size=limit, actual_size=len(text))
+    return text

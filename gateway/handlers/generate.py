@@ -1,6 +1,5 @@
 """TGI's own routes: an answer in one piece, or as a stream of events."""
 
-import json
 import logging
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, ExitStack
@@ -9,12 +8,14 @@ from dataclasses import replace
 from aiohttp import web
 
 from common.errors import FleetError, IdempotencyConflict, Unavailable, ValidationError
-from common.messages import Finish, GenerationRequest, ModelCard, OnDisconnect
+from common.messages import GenerationRequest, ModelCard, OnDisconnect
 from common.telemetry import inject
 from gateway.access import holder_of, tenant_of, with_owner
 from gateway.generation import FrameStream
 from gateway.handlers.body import read_body
+from gateway.handlers.headers import compute_headers, time_headers
 from gateway.handlers.outcome import (
+    noting_seen,
     observed,
     record_finish,
     record_start,
@@ -24,13 +25,19 @@ from gateway.handlers.outcome import (
 from gateway.handlers.routing import header_of, model_of
 from gateway.native_format import StreamFormat, answer_json
 from gateway.presentation import presentation_of
-from gateway.record import RECORD, RequestRecord
+from gateway.record import RECORD
 from gateway.relay import relay
-from gateway.resumption import EventId, Terms, fingerprint_of, seed_of, terms_of
+from gateway.resumption import (
+    EventId,
+    Terms,
+    fingerprint_of,
+    last_event_of,
+    seed_of,
+    terms_of,
+)
 from gateway.schemas.native import CompatBody, GenerateBody
-from gateway.services import SERVICES, Services
+from gateway.services import SERVICES
 from gateway.sse import EventStream
-from gateway.tokenization import Span
 from gateway.validation import ValidGeneration, validate
 
 logger = logging.getLogger(__name__)
@@ -60,16 +67,9 @@ async def tokenize(request: web.Request) -> web.Response:
     if not body.inputs:
         raise ValidationError("Input validation error: `inputs` cannot be empty")
     model = await model_of(request, body.model)
-    spans = await model.tokenizer.spans(body.inputs)
-    kept = spans[-body.parameters.truncate :] if body.parameters.truncate else spans
-    return web.json_response(text=json.dumps(spans_json(kept), ensure_ascii=False))
-
-
-def spans_json(spans: list[Span]) -> list[dict[str, int | str]]:
-    """Tokens of a prompt in TGI's shape."""
-    return [
-        {"id": span.id, "text": span.text, "start": span.start, "stop": span.stop} for span in spans
-    ]
+    with request.app[SERVICES].admission.permit(holder=holder_of(request)):
+        rows = await model.tokenizer.spans_json(body.inputs, last=body.parameters.truncate)
+    return web.Response(body=rows, content_type="application/json", charset="utf-8")
 
 
 async def _answer(
@@ -87,8 +87,13 @@ async def _answer(
         record_finish(record, finish, first_token_s=validated_s + answers[0].first_token_s)
         record.generated_tokens = sum(answer.finish.generated_tokens for answer in answers)
         text = answer_json(valid, answers)
-        headers = _compute_headers(services, valid, card)
-        headers |= _time_headers(record, valid, finish, validation_s=validated_s)
+        headers = compute_headers(services.settings, card, num_characters=valid.num_characters)
+        headers |= time_headers(
+            record,
+            [finish],
+            num_prompt_tokens=valid.num_prompt_tokens,
+            validation_s=validated_s,
+        )
         return web.Response(
             text=f"[{text}]" if is_compat else text,
             content_type="application/json",
@@ -100,7 +105,7 @@ async def _stream(
     request: web.Request, body: GenerateBody, *, is_compat: bool = False
 ) -> web.StreamResponse:
     services, record = request.app[SERVICES], request[RECORD]
-    last_event = terms_of(request).last_event
+    last_event = last_event_of(request)
     async with observed(services, record) as outcome:
         with ExitStack() as permits:
             valid, card = await _validate(
@@ -111,7 +116,9 @@ async def _stream(
                 services.generator.stream(valid.request, last_event=last_event),
                 lambda known: StreamFormat(replace(valid, requests=(known,))),
                 last_event=last_event,
-                headers=_compute_headers(services, valid, card),
+                headers=compute_headers(
+                    services.settings, card, num_characters=valid.num_characters
+                ),
                 outcome=outcome,
             )
 
@@ -139,7 +146,8 @@ async def relay_stream(
         frames.call_while_held(events.say_wait)
         format = format_of(frames.request)
         try:
-            await relay(frames, events, format.events, last_event=last_event)
+            make = noting_seen(record, format.events, last_event)
+            await relay(frames, events, make, last_event=last_event)
             if frames.is_stopped:
                 _part(frames, events)
         except FleetError as error:
@@ -193,6 +201,7 @@ async def _validate(
         known = await services.finder.lookup(valid.request.id)
         if known and known.fingerprint != valid.request.fingerprint:
             raise IdempotencyConflict()
+        record.known = known
     num_more = len(valid.requests) - 1
     permits.enter_context(services.admission.permit(num_more, holder=holder_of(request)))
     record.prompt_tokens = valid.num_prompt_tokens
@@ -221,28 +230,3 @@ def _on_terms(
     fingerprint = fingerprint_of(body, tenant_of(http), header_of(http))
     presentation = presentation_of(valid)
     return replace(valid, requests=tuple(noted(request) for request in valid.requests))
-
-
-def _compute_headers(services: Services, valid: ValidGeneration, card: ModelCard) -> dict[str, str]:
-    kind = services.settings.compute_type or f"{card.device or 'gpu'}+optimized"
-    return {"x-compute-type": kind, "x-compute-characters": str(valid.num_characters)}
-
-
-def _time_headers(
-    record: RequestRecord, valid: ValidGeneration, finish: Finish, *, validation_s: float
-) -> dict[str, str]:
-    """TGI's: whole milliseconds, but x-compute-time is in seconds."""
-    inference_s = finish.prefill_s + finish.decode_s
-    times = {
-        "x-total-time": record.elapsed_s,
-        "x-validation-time": validation_s,
-        "x-queue-time": finish.queue_s,
-        "x-inference-time": inference_s,
-        "x-time-per-token": inference_s / max(1, finish.generated_tokens),
-    }
-    return {
-        "x-compute-time": f"{record.elapsed_s:.6f}",
-        **{name: str(round(value * 1000)) for name, value in times.items()},
-        "x-prompt-tokens": str(valid.num_prompt_tokens),
-        "x-generated-tokens": str(finish.generated_tokens),
-    }

@@ -10,12 +10,14 @@ from functools import partial
 from aiohttp import web
 
 from common.errors import FleetError, IdempotencyConflict, Unavailable, ValidationError
-from common.messages import GenerationRequest, ModelCard, OnDisconnect
+from common.messages import Frame, GenerationRequest, ModelCard, OnDisconnect
 from common.telemetry import inject
 from gateway.access import holder_of, tenant_of, with_owner
 from gateway.generation import Completion, FrameStream
 from gateway.handlers.body import read_body
+from gateway.handlers.headers import compute_headers, time_headers
 from gateway.handlers.outcome import (
+    noting_seen,
     observed,
     record_finish,
     record_start,
@@ -31,7 +33,14 @@ from gateway.openai_validation import ValidCall, validate_chat, validate_complet
 from gateway.presentation import presentation_of
 from gateway.record import RECORD, RequestRecord
 from gateway.relay import relay
-from gateway.resumption import EventId, Terms, fingerprint_of, seed_of, terms_of
+from gateway.resumption import (
+    EventId,
+    Terms,
+    fingerprint_of,
+    last_event_of,
+    seed_of,
+    terms_of,
+)
 from gateway.schemas.openai import ChatBody, CommonBody, CompletionBody
 from gateway.services import SERVICES
 from gateway.sse import EventStream
@@ -69,13 +78,21 @@ async def answer_call(
         with ExitStack() as permits:
             call, card = await _validated(request, body, validate, permits)
             envelope = envelope_of(call, fingerprint=_fingerprint(card))
+            headers = compute_headers(services.settings, card, num_characters=call.num_characters)
             if body.stream:
-                return await _stream(request, call, envelope, outcome)
+                return await _stream(request, call, envelope, outcome, headers)
             validated_s = record.elapsed_s
             answers = await services.generator.complete_each(call.requests)
         _record_answers(record, answers, validated_s=validated_s)
         text = answer_json(call, envelope, answers)
-        return web.Response(text=text, content_type="application/json")
+        headers |= time_headers(
+            record,
+            [answer.finish for answer in answers],
+            num_prompt_tokens=call.num_prompt_tokens,
+            validation_s=validated_s,
+            has_compute_time=call.is_chat,
+        )
+        return web.Response(text=text, content_type="application/json", headers=headers)
 
 
 async def _validated(
@@ -101,6 +118,7 @@ async def _validated(
         known = await services.finder.lookup(call.requests[0].id)
         if known and known.fingerprint != call.requests[0].fingerprint:
             raise IdempotencyConflict()
+        record.known = known
     num_more = len(call.requests) - 1
     permits.enter_context(services.admission.permit(num_more, holder=holder_of(request)))
     record.prompt_tokens = call.num_prompt_tokens
@@ -134,27 +152,35 @@ def _on_terms(http: web.Request, call: ValidCall, terms: Terms, body: CommonBody
             sampling=sampling,
             on_disconnect=terms.on_disconnect,
             fingerprint=fingerprint,
-            presentation=presentation_of(
-                shown
-            ),  # by its id alone, a request is shown in TGI's shape
+            # by its id alone, a request is shown in TGI's shape
+            presentation=presentation_of(shown),
         )
 
     return call.with_requests(tuple(noted(request) for request in call.requests))
 
 
 async def _stream(
-    request: web.Request, call: ValidCall, envelope: Envelope, outcome: list[BaseException]
+    request: web.Request,
+    call: ValidCall,
+    envelope: Envelope,
+    outcome: list[BaseException],
+    headers: dict[str, str],
 ) -> web.StreamResponse:
     """Write the frames of all choices. Errors before the first byte have a real status; later ones are the last event."""
     services, record = request.app[SERVICES], request[RECORD]
-    validated_s, last_event = record.elapsed_s, terms_of(request).last_event
+    validated_s, last_event = record.elapsed_s, last_event_of(request)
     async with AsyncExitStack() as stack:
         streams = [
             await stack.enter_async_context(services.generator.stream(made, last_event=last_event))
             for made in call.requests
         ]
         events = await stack.enter_async_context(
-            EventStream(request, services.outbox, keep_alive_s=services.settings.keep_alive_s)
+            EventStream(
+                request,
+                services.outbox,
+                keep_alive_s=services.settings.keep_alive_s,
+                headers=headers,
+            )
         )
         for frames in streams:
             frames.call_while_held(events.say_wait)
@@ -162,7 +188,12 @@ async def _stream(
         if len(known) == 1:
             envelope = replace(envelope, created=int(known[0].created_at))
         try:
-            await _relay_all(streams, events, StreamFormat(call, envelope, known), last_event)
+            format = StreamFormat(call, envelope, known)
+            makes = [
+                noting_seen(record, partial(format.events, index), last_event)
+                for index in range(len(streams))
+            ]
+            await _relay_all(streams, events, makes, last_event)
         except FleetError as error:
             outcome.append(error)
             shown = with_way_back(error, streams[0]) if len(streams) == 1 else error
@@ -181,17 +212,17 @@ async def _stream(
 async def _relay_all(
     streams: list[FrameStream],
     events: EventStream,
-    format: StreamFormat,
+    makes: list[Callable[[int, Frame], bytes]],
     last_event: EventId | None,
 ) -> None:
     """Relay every stream; one failure ends all."""
     if len(streams) == 1:
-        await relay(streams[0], events, partial(format.events, 0), last_event=last_event)
+        await relay(streams[0], events, makes[0], last_event=last_event)
     else:
         try:
             async with asyncio.TaskGroup() as group:
-                for index, frames in enumerate(streams):
-                    group.create_task(relay(frames, events, partial(format.events, index)))
+                for frames, make in zip(streams, makes, strict=True):
+                    group.create_task(relay(frames, events, make))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from failures
     if not any(frames.is_stopped for frames in streams):
@@ -219,3 +250,4 @@ def _record_streams(
 ) -> None:
     record_stream(record, streams[0], validated_s=validated_s)
     record.generated_tokens = sum(frames.num_tokens for frames in streams)
+    record.is_left = not all(frames.is_ended for frames in streams)

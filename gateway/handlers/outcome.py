@@ -1,12 +1,13 @@
 """What became of a generation: into the metrics, into the record of its HTTP request, and into its last event."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from common.errors import FleetError, Unavailable
-from common.messages import Finish, GenerationRequest
+from common.messages import Finish, Frame, GenerationRequest
 from gateway.generation import FrameStream
 from gateway.record import RequestRecord
+from gateway.resumption import EventId
 from gateway.services import Services
 
 
@@ -32,8 +33,30 @@ def record_start(record: RequestRecord, requests: Sequence[GenerationRequest]) -
     record.on_disconnect = requests[0].on_disconnect
 
 
+def noting_seen(
+    record: RequestRecord, format: Callable[[int, Frame], bytes], last_event: EventId | None
+) -> Callable[[int, Frame], bytes]:
+    """`format`, which now notes how many tokens a client has read that goes on behind `last_event`.
+
+    That it has read them is known once the event's frame comes: the reader has compared its hash.
+    """
+    if last_event is None:
+        return format
+    num_seen = 0
+
+    def noted(index: int, frame: Frame) -> bytes:
+        nonlocal num_seen
+        if index <= last_event.index:
+            num_seen += len(frame.tokens)
+            record.seen_tokens = num_seen if index == last_event.index else 0
+        return format(index, frame)
+
+    return noted
+
+
 def record_stream(record: RequestRecord, frames: FrameStream, *, validated_s: float) -> None:
     record.generated_tokens = frames.num_tokens
+    record.is_left = not frames.is_ended
     if frames.first_token_s is not None:
         record.first_token_s = validated_s + frames.first_token_s
     if frames.finish is not None:

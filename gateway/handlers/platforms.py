@@ -30,17 +30,19 @@ async def chat_tokenize(request: web.Request) -> web.Response:
     """The prompt that the chat template makes of a conversation, and its tokens."""
     body = await read_body(request, ChatBody)
     model = await model_of(request, body.model)
-    text = await asyncio.to_thread(chat_prompt, body, model.card, tool_use_of(body))
-    spans = await model.tokenizer.spans(text, adds_special_tokens=False)
-    answer = {"tokenize_response": generate.spans_json(spans), "templated_text": text}
-    return web.json_response(text=json.dumps(answer, ensure_ascii=False))
+    with request.app[SERVICES].admission.permit(holder=holder_of(request)):
+        text = await asyncio.to_thread(chat_prompt, body, model.card, tool_use_of(body))
+        rows = await model.tokenizer.spans_json(text, adds_special_tokens=False)
+    prompt = json.dumps(text, ensure_ascii=False).encode()
+    data = b"".join((b'{"tokenize_response": ', rows, b', "templated_text": ', prompt, b"}"))
+    return web.Response(body=data, content_type="application/json", charset="utf-8")
 
 
 async def invocations(request: web.Request) -> web.StreamResponse:
     """SageMaker's route: `inputs` is served as by `POST /`, `messages` as a chat, `prompt` as a completion."""
     try:
         data = json.loads(await read_data(request))
-    except ValueError:
+    except (ValueError, RecursionError):
         data = {}  # whoever reads the body below says what is wrong with it
     names = data if isinstance(data, dict) else {}
     if "inputs" not in names and "messages" in names:

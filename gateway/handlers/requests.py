@@ -7,7 +7,7 @@ from aiohttp import web
 from common.errors import RequestNotFound, ValidationError
 from common.messages import GenerationRequest
 from common.request_store import RequestStatus
-from gateway.access import holder_of, require_own
+from gateway.access import holder_of, paying, require_own
 from gateway.handlers.generate import relay_stream
 from gateway.presentation import format_as_before
 from gateway.record import RECORD
@@ -38,15 +38,16 @@ async def stream(request: web.Request) -> web.StreamResponse:
     last_event = _last_event(request)
     with services.admission.permit(holder=holder_of(request)):
         known = require_own(await _single(request), request)
-        record.model = known.model
+        record.model, record.known = known.model, known
         if last_event and await _is_last(request, last_event):
             return web.Response(status=204)  # tells an EventSource to come back no more
-        return await relay_stream(
-            request,
-            services.generator.attach(known, last_event=last_event),
-            format_as_before,
-            last_event=last_event,
-        )
+        async with paying(request, is_reading=True):
+            return await relay_stream(
+                request,
+                services.generator.attach(known, last_event=last_event),
+                format_as_before,
+                last_event=last_event,
+            )
 
 
 async def cancel(request: web.Request) -> web.Response:

@@ -48,6 +48,19 @@ class NullIs:
         return {"anyOf": [handler(schema), {"type": "null"}]}
 
 
+@dataclass(frozen=True, slots=True)
+class FirstWrong:
+    """Of a list: its first wrong item is the only one that is told. A million of them would hold up the event loop.
+
+    As pydantic's FailFast, which cannot stand in a union.
+    """
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return {**handler(source), "fail_fast": True}
+
+
 def _as_float32(value: float) -> float:
     """Workers compute in 32 bits: what is zero there is zero here, so that "strictly positive" means it."""
     return 0.0 if abs(value) < _SMALLEST_FLOAT32 else value
@@ -59,6 +72,7 @@ Float32 = Annotated[
 ]
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 Text = Annotated[str, Field(json_schema_extra={"minLength": 1})]
+Texts = Annotated[list[Text], FirstWrong()]
 Unsigned64 = Annotated[int, Field(ge=0, le=2**64 - 1)]
 
 
@@ -164,7 +178,7 @@ class GenerateParameters(Body):
         json_schema_extra=AT_LEAST_0,
     )
     ignore_eos_token: Switch = Field(False, description="Go on after an end-of-sequence token.")
-    stop: Annotated[list[Text], NullIs([])] = Field(
+    stop: Annotated[Texts, NullIs([])] = Field(
         default_factory=list, description="Texts that end the answer."
     )
     include_stop: bool | None = Field(

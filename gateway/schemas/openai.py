@@ -7,7 +7,8 @@ knows and we cannot serve has the type `Unsupported` and is refused by name.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from gateway.schemas.native import (
     AT_LEAST_0,
@@ -15,13 +16,17 @@ from gateway.schemas.native import (
     POSITIVE,
     UNIT,
     Body,
+    FirstWrong,
     Float32,
     Int32,
     Text,
+    Texts,
 )
 
+UNSUPPORTED_PART = "unsupported_part"  # pydantic's name of an error that is told as it is
+
 AnyInt64 = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], FirstWrong()]
 Unsupported = Annotated[Any, Field(json_schema_extra={"deprecated": True})]
 
 
@@ -71,7 +76,7 @@ class CommonBody(StrictBody):
     logit_bias: dict[str, Float32] | None = Field(
         None, description="Added to the logits, by token id; -100 to 100."
     )
-    stop: Text | list[Text] | None = Field(
+    stop: Text | Texts | None = Field(
         None, description="Texts that end the answer and are cut from it."
     )
     seed: AnyInt64 | None = Field(None, description="Makes sampling repeatable.")
@@ -101,7 +106,12 @@ class CommonBody(StrictBody):
 class CompletionBody(CommonBody):
     """A prompt and how to continue it."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(
+    prompt: (
+        str
+        | Annotated[list[str], FirstWrong()]
+        | TokenIds
+        | Annotated[list[TokenIds], FirstWrong()]
+    ) = Field(
         description="A text, token ids, or a list of either.", examples=["The capital of France is"]
     )
     max_tokens: Int32 | None = Field(
@@ -123,6 +133,17 @@ class TextPart(Body):
     type: Literal["text"]
     text: str
 
+    @field_validator("type", mode="before")
+    @classmethod
+    def _only_text(cls, given: Any) -> Any:
+        if isinstance(given, str) and given != "text":
+            raise PydanticCustomError(
+                UNSUPPORTED_PART,
+                "`content` parts of type `{type}` are not supported; this model takes text",
+                {"type": given[:50]},
+            )
+        return given
+
 
 class CalledFunction(Body):
     """What the assistant called."""
@@ -143,9 +164,11 @@ class Message(Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(examples=["user"])
-    content: str | list[TextPart] | None = Field(None, examples=["What is the capital of France?"])
+    content: str | Annotated[list[TextPart], FirstWrong()] | None = Field(
+        None, examples=["What is the capital of France?"]
+    )
     name: str | None = None
-    tool_calls: list[ToolCallBody] | None = None
+    tool_calls: Annotated[list[ToolCallBody], FirstWrong()] | None = None
     tool_call_id: str | None = None
 
 
@@ -206,7 +229,7 @@ class ResponseFormat(Body):
 class ChatBody(CommonBody):
     """A conversation and how to answer it."""
 
-    messages: list[Message] = Field(
+    messages: Annotated[list[Message], FirstWrong()] = Field(
         examples=[[{"role": "user", "content": "What is the capital of France?"}]]
     )
     max_tokens: Int32 | None = Field(
@@ -220,12 +243,15 @@ class ChatBody(CommonBody):
         None, description="Alternatives at every position; needs `logprobs`."
     )
     response_format: ResponseFormat | None = None
-    tools: list[ToolBody] | None = None
+    tools: Annotated[list[ToolBody], FirstWrong()] | None = None
     tool_choice: str | NamedTool | None = Field(
         None, description="`none`, `auto`, `required`, or a function that must be called."
     )
     tool_prompt: str | None = Field(
         None, description="TGI: put before the tools where the chat template shows none."
+    )
+    guideline: str | None = Field(
+        None, description="TGI: a variable for the chat template, such as a policy to judge by."
     )
     parallel_tool_calls: bool | None = Field(
         None, description="Accepted; a forced answer is always one call."

@@ -1,8 +1,10 @@
 """Bodies of the routes that cloud platforms ask for (SageMaker, Vertex AI), and of /chat_tokenize."""
 
+from typing import Annotated
+
 from pydantic import BaseModel, Field, RootModel
 
-from gateway.schemas.native import Body, CompatBody, GenerateBody
+from gateway.schemas.native import Body, CompatBody, FirstWrong, GenerateBody
 from gateway.schemas.native_answers import GenerateAnswer, StreamEvent, TokenSpan
 from gateway.schemas.openai import ChatBody, CompletionBody
 from gateway.schemas.openai_answers import ChatAnswer, ChatChunk, CompletionAnswer
@@ -25,7 +27,7 @@ class InvocationEvent(RootModel[StreamEvent | ChatChunk | CompletionAnswer]):
 class VertexBody(Body):
     """Prompts or conversations, each with its own parameters."""
 
-    instances: list[GenerateBody | ChatBody] = Field(
+    instances: Annotated[list[GenerateBody | ChatBody], FirstWrong()] = Field(
         examples=[[{"inputs": "The capital of France is", "parameters": {"max_new_tokens": 8}}]]
     )
 

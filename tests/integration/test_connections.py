@@ -2,9 +2,13 @@
 
 import asyncio
 import json
+import os
+import resource
 import socket
+import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -84,6 +88,65 @@ async def test_connections_that_rest_between_requests_are_kept(url):
         await asyncio.sleep(READ_S * 1.2)  # longer than any half request may take
         writer.write(request)
         assert (await whole_answer(reader))[0] == 200
+
+
+async def test_a_connection_that_says_nothing_is_closed(url):
+    async with connected(url) as (reader, _), asyncio.timeout(20):
+        assert await reader.read() == b"", "nothing was asked, so nothing is answered"
+
+
+@pytest.mark.parametrize("half", [b"G", HEAD[:30], HEAD, HEAD + b"Content-Length: 1000\r\n"])
+async def test_half_a_request_behind_another_is_cut(url, half):
+    first = HEAD + b"Content-Length: 15\r\n\r\n" + b'{"inputs": "a"}'
+    async with connected(url) as (reader, writer), asyncio.timeout(20):
+        writer.write(first + half)
+        assert (await whole_answer(reader))[0] == 200
+        status, headers, body = await whole_answer(reader)
+        assert (status, body["error_type"]) == (408, "request_timeout")
+        assert headers["connection"] == "close" and await reader.read() == b""
+
+
+def bomb(num_bytes: int) -> bytes:
+    """Zeros, a thousand times smaller: blocks that know nothing of each other."""
+    step = 1 << 24
+    packer = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    block = packer.compress(bytes(step)) + packer.flush(zlib.Z_FULL_FLUSH)
+    return block * (num_bytes // step) + packer.flush()
+
+
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.parametrize(
+    ("path", "num_bytes", "status"), [("/nothing", 6 << 30, 404), ("/generate", 3 << 29, 413)]
+)
+async def test_what_nobody_reads_is_not_inflated(fleet, path, num_bytes, status):
+    """The second request is served on the same connection, once the body of the first is out of the way."""
+    url = await fleet.gateway(ready="/health/live")
+    pid = fleet.processes[-1].process.pid
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        f"Content-Encoding: deflate\r\nContent-Length: {len(data := bomb(num_bytes))}\r\n\r\n"
+    )
+    before = cpu_s(pid)
+    async with connected(url) as (reader, writer), asyncio.timeout(60):
+        writer.write(head.encode() + data + b"GET /nothing HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert (await whole_answer(reader))[0] == status
+        assert (await whole_answer(reader))[0] == 404
+    assert cpu_s(pid) - before < 0.4, "inflating all of it takes more than a second"
+
+
+async def test_a_gateway_may_open_as_many_files_as_the_system_allows(fleet):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1] // 2, limits[1]))
+    try:
+        await fleet.gateway(ready="/health/live")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    pid = fleet.processes[-1].process.pid
+    assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (limits[1], limits[1])
 
 
 async def test_what_no_middleware_sees_is_answered_in_json(shared_url):

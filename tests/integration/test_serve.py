@@ -218,3 +218,8 @@ def test_settings_that_do_not_fit_are_refused(
     fleet = serve(*options)
     assert fleet.exit_code() == 2
     assert reason in "".join(fleet.heard)
+
+
+def test_it_says_that_it_waits_for_the_broker(serve: Callable[..., Serve]) -> None:
+    fleet = serve("--redis-url", "unix:///nowhere/redis.sock")
+    fleet.wait_for_line(r"tokenfleet: echo waits for the broker, nobody answers there \(\d+ s\)")

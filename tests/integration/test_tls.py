@@ -133,7 +133,7 @@ def health(port: int) -> Result:
 @pytest.mark.parametrize(
     ("command", "cert", "key", "message"),
     [
-        ("serve", "none.crt", "tls.key", "cannot read the TLS certificate"),
+        ("serve --model-id echo", "none.crt", "tls.key", "cannot read the TLS certificate"),
         ("gateway", "tls.crt", "none.key", "cannot read the TLS key"),
         ("gateway", "tls.crt", "other.key", "belong together"),
         ("gateway", "tls.key", "tls.key", "cannot be used"),
@@ -146,7 +146,9 @@ async def test_files_that_cannot_be_used(
     authority.issue_cert("127.0.0.1").private_key_pem.write_to_path(tmp_path / "other.key")
     (tmp_path / "secret.key").write_bytes(encrypted(Path(files[1]).read_bytes()))
     names = str(tmp_path / cert), str(tmp_path / key)
-    process = await Process.start(command, "--redis-url", redis_url, *options(names, free_port))
+    process = await Process.start(
+        *command.split(), "--redis-url", redis_url, *options(names, free_port)
+    )
     assert message in await process.logged("Error: ")
     assert await process.process.wait() == 1
     await process.stop()

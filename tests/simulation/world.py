@@ -125,6 +125,7 @@ class World:
         process = self._process(f"worker-{len(self.salts)}")
         self.workers.append(process)
         settings = WorkerSettings(
+            model_id="echo",
             redis_url=URL,
             lease_s=LEASE_S,
             echo_salt=salt,

@@ -247,7 +247,9 @@ async def make_client(fleet: FakeFleet) -> AsyncIterator[MakeClient]:
             tokenizers.close()
 
         app = create_app(settings, open_services=open_services)
-        client = TestClient(TestServer(app))
+        server = TestServer(app)
+        await server.start_server(auto_decompress=False)  # as our own connections
+        client = TestClient(server)
         await client.start_server()
         client.services = opened[0]
         clients.append(client)

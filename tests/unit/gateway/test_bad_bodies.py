@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import math
+import zlib
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -145,10 +146,64 @@ async def test_broken_compression(client):
     )
 
 
-async def test_compressed_body(client):
-    headers = {"content-type": "application/json", "content-encoding": "gzip"}
-    data = gzip.compress(b'{"inputs":"Hi"}')
-    assert (await client.post("/generate", data=data, headers=headers)).status == 200
+HI = b'{"inputs":"Hi"}'
+BARE = zlib.compress(HI, wbits=-zlib.MAX_WBITS)
+
+
+async def post_packed(client, data: bytes, encoding: str):
+    headers = {"content-type": "application/json", "content-encoding": encoding}
+    return await client.post("/generate", data=data, headers=headers)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "data"),
+    [
+        ("gzip", gzip.compress(HI)),
+        ("X-GZIP", gzip.compress(HI)),
+        ("deflate", zlib.compress(HI)),
+        ("deflate", BARE),
+        ("identity", HI),
+    ],
+    ids=range(5),
+)
+async def test_compressed_body(client, encoding, data):
+    response = await post_packed(client, data, encoding)
+    assert response.status == 200, await response.text()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "data"),
+    [
+        ("gzip", b""),
+        ("gzip", HI),
+        ("gzip", gzip.compress(HI)[:-1]),
+        ("gzip", gzip.compress(HI) + b"more"),
+        ("deflate", BARE[:-1]),
+        ("deflate", b""),
+    ],
+    ids=range(6),
+)
+async def test_compressed_body_that_is_not_whole(client, encoding, data):
+    await check(await post_packed(client, data, encoding), 400, "malformed_request")
+
+
+async def test_compressed_body_is_as_long_as_it_is_unpacked(make_client):
+    client = await make_client(payload_limit=1000)
+    longest = json.dumps({"inputs": ""}).replace('""', '"%s"' % ("x" * 986)).encode()
+    assert len(longest) == 1000
+    response = await post_packed(client, gzip.compress(longest), "gzip")
+    assert "tokens" in (await response.json())["error"], "it was read"
+    for num_more in (1, 100_000):
+        data = gzip.compress(longest + b" " * num_more)
+        await check(await post_packed(client, data, "gzip"), 413, "payload_too_large")
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip"])
+async def test_other_encodings_are_refused(client, encoding):
+    response = await post_packed(client, HI, encoding)
+    await check(response, 415, "unsupported_media_type")
+    assert encoding in (await response.json())["error"]
+    assert response.headers["accept-encoding"] == "gzip, deflate"
 
 
 async def test_unknown_path_and_method(client):

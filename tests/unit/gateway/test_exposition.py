@@ -1,11 +1,13 @@
 """The Prometheus text, alone and summed over processes."""
 
 import asyncio
+import logging
 import os
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway import exposition
 from gateway.exposition import SharedMetrics, bury
 
 
@@ -81,3 +83,23 @@ async def test_run_keeps_the_file_fresh(tmp_path):
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     process(None).write()
+
+
+async def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, monkeypatch, caplog):
+    """A folder that is not there refuses a file as a full disk does."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(exposition, "WRITE_S", 0)
+    folder = tmp_path / "full"
+    task = asyncio.create_task(process(folder, requests=2).run())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    folder.mkdir()
+    async with asyncio.timeout(10):
+        while not task.done() and not list(folder.glob("*.live.json")):
+            await asyncio.sleep(0)
+    assert not task.done()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]

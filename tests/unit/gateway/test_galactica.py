@@ -1,13 +1,17 @@
 """Galactica's sequences are marked before they are tokenized, and nobody sees the marks."""
 
+import re
+import time
 from dataclasses import replace
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from common.messages import Frame, GenerationRequest, Token
-from gateway.galactica import SPLIT_MARKER, mark_sequences, unmarked_offset
+from gateway.galactica import SPLIT_MARKER, mark_sequences, unmarked_places
 
 M = SPLIT_MARKER
 
@@ -45,10 +49,30 @@ def test_everything_else_stays(text: str):
 def test_places_in_the_marked_text_are_places_in_the_text():
     text = "x [START_DNA]ACG[END_DNA] y"
     marked = mark_sequences(text)
-    for character in "xACGy":
-        assert text[unmarked_offset(marked, marked.index(f"{character}", 0))] in text
-    assert unmarked_offset(marked, marked.index("y")) == text.index("y")
-    assert unmarked_offset(marked, marked.index(f"{M}C") + len(M)) == text.index("C")
+    unmarked = unmarked_places(marked)
+    for character in "xy":
+        assert unmarked(marked.index(character)) == text.index(character)
+    for character in "ACG":
+        assert unmarked(marked.index(f"{M}{character}") + len(M)) == text.index(f"{character}", 12)
+
+
+_PIECES = st.sampled_from(
+    ["[START_DNA]", "[END_DNA]", "[START_SMILES]", "[END_SMILES]", "[START_I_SMILES]", "A", "\n"]
+)
+
+
+@given(st.lists(_PIECES, max_size=12).map("".join))
+def test_sequences_are_those_of_the_original_expression(text: str):
+    original = re.compile(r"(\[START_(DNA|AMINO|SMILES|I_SMILES)\])(.*?)(?=\[END_\2\])")
+    expected = original.sub(lambda match: M.join([match[1], *match[3], ""]), text)
+    assert mark_sequences(text) == expected
+
+
+def test_starts_without_an_end_do_not_each_look_for_it():
+    text = "[START_DNA]" * 100_000
+    began_s = time.process_time()
+    assert mark_sequences(text) == text
+    assert time.process_time() - began_s < 5, "it was minutes"
 
 
 def marker_dropping_tokenizer() -> bytes:

@@ -9,6 +9,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from redis.exceptions import ConnectionError
 
+from gateway.routes import route_table
+
 BODY = {"inputs": "Hi"}
 
 
@@ -93,6 +95,33 @@ async def test_cors_for_any_origin(client):
     assert "x-request-id" in response.headers["access-control-expose-headers"]
 
 
+STAINLESS = "authorization,content-type,x-stainless-arch,x-stainless-os,x-stainless-retry-count"
+
+
+@pytest.mark.parametrize(
+    ("asked", "is_told"),
+    [
+        (STAINLESS, True),
+        ("X-Own, x_other.1", True),
+        ("x-a" * 1000, False),
+        ("x-a, <b>", False),
+        ("x-a;b", False),
+        ("x-\u00e9", False),
+    ],
+)
+async def test_preflight_allows_the_headers_it_is_asked_for(client, asked, is_told):
+    """OpenAI's JavaScript client sends some that nobody else knows."""
+    headers = {
+        "origin": "https://a.example",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": asked,
+    }
+    response = await client.options("/v1/chat/completions", headers=headers)
+    allowed = response.headers["access-control-allow-headers"]
+    assert allowed.endswith(asked) == is_told and "authorization" in allowed
+    assert response.headers["vary"].lower() == "access-control-request-headers"
+
+
 async def test_cors_for_named_origins(make_client):
     client = await make_client(cors_allow_origin=("https://a.example",))
     response = await client.get("/info", headers={"origin": "https://a.example"})
@@ -100,7 +129,9 @@ async def test_cors_for_named_origins(make_client):
     assert response.headers["vary"] == "Origin"
     response = await client.get("/info", headers={"origin": "https://b.example"})
     assert "access-control-allow-origin" not in response.headers
-    assert "access-control-allow-origin" not in (await client.get("/info")).headers
+    response = await client.get("/info")
+    assert "access-control-allow-origin" not in response.headers
+    assert response.headers["vary"] == "Origin", "or a cache gives this answer to a page, too"
 
 
 async def test_trace_goes_from_the_client_to_the_worker(make_client, fleet):
@@ -168,3 +199,35 @@ async def test_documentation_needs_nothing_from_elsewhere(client):
         assert (
             "http://" not in content.replace("http://www.w3.org", "") and "https://" not in content
         )
+
+
+PAGES = [route.path for route in route_table() if route.method == "GET"]
+
+
+@pytest.mark.parametrize("path", PAGES)
+async def test_head_answers_as_get_without_the_body(client, path):
+    path = path.replace("{model:.+}", "tiny").replace("{request_id}", "unknown")
+    if path.endswith("/stream"):
+        response = await client.head(path)
+        assert (response.status, response.headers["allow"]) == (405, "GET")
+        return
+    response, shown = await client.head(path), await client.get(path)
+    assert response.status == shown.status == (404 if "unknown" in path else 200)
+    assert response.headers["x-request-id"] and await response.read() == b""
+    if body := await shown.read():  # the probes have none
+        assert response.headers["content-type"] == shown.headers["content-type"]
+        length = int(response.headers["content-length"])
+        assert length == len(body) or path == "/metrics", "whose numbers change in between"
+    allowed = (await client.put(path)).headers["allow"]
+    assert {"GET", "HEAD"} <= set(allowed.split(",")), allowed
+
+
+async def test_head_needs_a_key_where_get_does(make_client):
+    client = await make_client(api_key="secret")
+    assert (await client.head("/requests/1")).status == 401
+    assert (await client.head("/health")).status == 200
+
+
+async def test_the_description_does_not_tell_of_head(client):
+    paths = (await (await client.get("/openapi.json")).json())["paths"]
+    assert {method for item in paths.values() for method in item} == {"get", "post", "delete"}

@@ -66,6 +66,69 @@ async def test_unknown_names_do_not_make_it_look_every_time(make_directory, flee
         await directory.find("new")
 
 
+async def test_many_who_ask_for_an_unknown_name_make_it_look_once(make_directory, fleet):
+    directory, num_looks = make_directory(), 0
+    look = fleet.registry.models
+
+    async def models() -> list[str]:
+        nonlocal num_looks
+        num_looks += 1
+        await asyncio.sleep(0)  # the others come meanwhile
+        return await look()
+
+    fleet.registry.models = models
+    found = await asyncio.gather(
+        *(directory.find("gone") for _ in range(50)), return_exceptions=True
+    )
+    assert {type(error) for error in found} == {ModelNotFound}
+    assert num_looks == 1
+
+
+def let_work(fleet, *models: str) -> None:
+    """Only these models have a worker."""
+    statuses = fleet.registry.statuses
+
+    async def workers(model: str):
+        return [replace(status, model=model) for status in statuses] if model in models else []
+
+    fleet.registry.workers = workers
+
+
+async def test_the_only_model_with_a_worker_is_the_default(make_directory, fleet):
+    add_model(fleet, "a-dead-one")
+    let_work(fleet, "tiny")
+    directory = make_directory()
+    assert (await directory.find(None)).name == "tiny"
+    assert [model.name for model in directory.models] == ["tiny", "a-dead-one"], "living ones first"
+    assert (await directory.find("a-dead-one")).name == "a-dead-one", "its queue takes requests"
+    let_work(fleet)
+    await directory.refresh()
+    assert (await directory.find(None)).name == "tiny", "also while its workers change"
+    let_work(fleet, "tiny", "a-dead-one")
+    await directory.refresh()
+    with pytest.raises(ValidationError, match="served: `a-dead-one`, `tiny`"):
+        await directory.find(None)
+    let_work(fleet)
+    await directory.refresh()
+    with pytest.raises(ValidationError, match="`model` must name one of the models served"):
+        await directory.find(None)
+
+
+async def test_the_operators_default_comes_before_the_only_living_model(make_directory, fleet):
+    add_model(fleet, "other")
+    let_work(fleet, "tiny")
+    assert (await make_directory(default_model="other").find(None)).name == "other"
+
+
+async def test_broker_that_was_never_there_is_told_once(make_directory, fleet, caplog):
+    fleet.registry.error = ConnectionError("refused")
+    directory = make_directory()
+    for _ in range(3):
+        await directory.refresh()
+    assert caplog.text.count("the broker does not answer: refused") == 1
+    assert directory.is_reachable is False
+
+
 async def test_nothing_served(make_directory, fleet):
     fleet.registry.cards.clear()
     directory = make_directory()

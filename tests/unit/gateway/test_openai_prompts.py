@@ -34,6 +34,25 @@ async def test_content_in_parts(client, fleet, messages):
     assert prompt_of(client, fleet.requests[0]) == "<user>Hi<a>"
 
 
+async def test_guideline_is_a_variable_of_the_template(client, fleet, chat_model):
+    """TGI's field for models that judge by a policy."""
+    card = fleet.registry.cards["tiny"]
+    template = (
+        "{{ guideline or 'none' }}|{{ other }}|{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    fleet.registry.cards["tiny"] = replace(card, chat_template=template)
+    await client.services.directory.refresh()
+    other = {"chat_template_kwargs": {"other": "b", "guideline": "c"}}
+    for body in ({"guideline": "a", **other}, {"guideline": None, **other}, {}):
+        status, answer = await post(client, "chat/completions", messages=HI, **body)
+        assert status == 200, answer
+    assert [prompt_of(client, request) for request in fleet.requests] == [
+        "a|b|Hi",
+        "c|b|Hi",
+        "none||Hi",
+    ]
+
+
 async def test_roles_and_history(client, fleet):
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     messages = [

@@ -27,7 +27,10 @@ async def test_invocations_tell_bodies_apart(client):
     assert (await post(prompt="Hi"))["choices"][0]["text"] == " one two"
 
 
-@pytest.mark.parametrize("data", ["{", "[]", "{}", "7", '"text"'])
+DEEP = '{"inputs":' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+@pytest.mark.parametrize("data", ["{", "[]", "{}", "7", '"text"', DEEP], ids=range(6))
 async def test_invocations_refuse_what_they_cannot_read(client, data):
     headers = {"content-type": "application/json"}
     response = await client.post("/invocations", data=data, headers=headers)
