@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.broker_url import check_broker_url
 from common.settings import setting
 
 
@@ -11,7 +12,7 @@ class WorkerSettings:
     """Frozen; every "auto" (None) is resolved when the engine is built, into facts of their own."""
 
     model_id: str = setting(
-        "echo",
+        "",
         "Folder, GGUF file or hub id of the model; `echo` needs no weights.",
         env=("MODEL_ID",),
     )
@@ -39,7 +40,7 @@ class WorkerSettings:
         env=("QUANTIZE",),
     )
     threads: int | None = setting(
-        None, "CPU threads of one shard; the default is its share of the cores."
+        None, "CPU threads of one shard; the default is its share of the cores that it may use."
     )
     num_shard: int = setting(
         1,
@@ -73,7 +74,7 @@ class WorkerSettings:
     )
     max_total_tokens: int | None = setting(
         None,
-        "Longest prompt plus answer; the default is what the model was made for.",
+        "Longest prompt plus answer; the default is what the model was made for, or what fits.",
         env=("MAX_TOTAL_TOKENS",),
     )
     max_batch_size: int = setting(64, "Sequences that run at once.", env=("MAX_BATCH_SIZE",))
@@ -93,7 +94,7 @@ class WorkerSettings:
     )
     memory_fraction: float = setting(
         0.6,
-        "Share of the free memory that the KV cache may take.",
+        "Share of the free memory that the KV cache may take; on a CPU it takes it as it fills.",
         aliases=("--cuda-memory-fraction",),
         env=("CUDA_MEMORY_FRACTION",),
     )
@@ -144,6 +145,12 @@ class WorkerSettings:
     )
 
     def __post_init__(self) -> None:
+        if not self.model_id:
+            raise ValueError(
+                "`model_id` must name a model: give --model-id a folder, a GGUF file or a hub id. "
+                "`echo` is a test model without weights"
+            )
+        check_broker_url(self.redis_url)
         if (
             self.max_input_tokens
             and self.max_total_tokens

@@ -21,6 +21,19 @@ PROMPT = "w5 w6 w7"
 NUM_TOKENS = 120  # at some 10 ms each there is a middle in which to kill
 MIDDLE = 20
 LOST_AFTER_S = 5.0
+# Becomes `sitecustomize.py`: a shard's first collective takes long, as NCCL's does, which has to build
+# its communicators in it.
+SLOW_FIRST_COLLECTIVE = """
+import sys, time
+if "--shard-rank" in sys.orig_argv:
+    import torch.distributed as dist
+    real, pauses_s = dist.all_reduce, [4.0]
+    def all_reduce(*arguments, **options):
+        if pauses_s and "group" not in options:
+            time.sleep(pauses_s.pop())
+        return real(*arguments, **options)
+    dist.all_reduce = all_reduce
+"""
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +60,9 @@ async def session_deadline() -> AsyncIterator[None]:
         yield
 
 
-async def start(fleet: Fleet, model: str) -> Process:
+async def start(fleet: Fleet, model: str, *more: str) -> Process:
     options = ("--num-shard", "2", "--lease-s", "1.5", "--device", "cpu", "--dtype", "float32")
-    return await fleet.worker(*options, model=model)
+    return await fleet.worker(*options, *more, model=model)
 
 
 def shards(launcher: Process) -> list[int]:
@@ -109,6 +122,22 @@ async def test_a_group_serves_and_stops_in_good_order(
     assert await worker.stop() == 0
     assert not any(map(is_running, ranks))
     assert not any("is lost" in line or "Traceback" in line for line in worker.lines)
+
+
+async def test_a_first_collective_may_take_longer_than_a_stuck_step(
+    fleet: Fleet,
+    session: aiohttp.ClientSession,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SLOW_FIRST_COLLECTIVE)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    worker = await start(fleet, model, "--shard-timeout-s", "2")
+    url = await fleet.gateway()
+    answer = await generate(session, url, PROMPT, max_new_tokens=8, decoder_input_details=True)
+    assert len(answer["details"]["tokens"]) == 8
+    assert not any("is lost" in line for line in worker.lines)
 
 
 @pytest.mark.slow

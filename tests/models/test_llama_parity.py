@@ -47,6 +47,14 @@ FAMILIES = {
     "llama-rope-yarn": llama(
         rope_parameters=rope("yarn", factor=4.0, original_max_position_embeddings=32)
     ),
+    # Beyond the length that the files tell, where it is the one before scaling.
+    "qwen2-rope-yarn-switched-on": transformers.Qwen2Config(
+        **SIZES | dict(max_position_embeddings=20),
+        rope_parameters=rope("yarn", factor=4.0, original_max_position_embeddings=16),
+    ),
+    "llama-rope-linear-before": llama(
+        max_position_embeddings=16, rope_parameters=rope("linear", factor=4.0)
+    ),
     # A prompt within the original length that grows out of it.
     "llama-rope-dynamic": llama(
         max_position_embeddings=40, rope_parameters=rope("dynamic", factor=2.0)

@@ -1,7 +1,8 @@
-"""The engine: what runs in a step and how. The first four files are the brain and import no torch.
+"""The engine: what runs in a step and how. The first five files are the brain and import no torch.
 
 sequence.py       a request inside the engine
 block_manager.py  pages of the KV cache, shared by prefix
+request_limits.py what an engine can take at all
 scheduler.py      who runs in the next step
 plan.py           a step, as sent to every shard, and its result
 loaded.py         what loading a model yields

@@ -1,11 +1,15 @@
 """Who owns which block of the KV cache, and which blocks hold a common beginning. No torch.
 
-Every block is in exactly one of three places, and the first two count as free:
+Every block is in exactly one of four places, and the first three count as free:
 
     empty    [ 5 | 9 | 2 ]                  nothing worth keeping; taken first
+    fresh    [ 10 | 11 | 12 | 13 | ... ]    never taken: the kernel gave no memory for them yet
     cached   oldest [ 7 | 1 | 8 ] newest    full, indexed by content, in no table; evicted in turn
     used     table A [ 0 | 3 | 4 ]          references: block 0 has 2, the others 1
              table B [ 0 | 6 ]              block 0 is shared: full, hence never written again
+
+A fresh block takes memory from the machine for good, so once that has none to spare, cached blocks
+are evicted first, and the cache grows only by what runs.
 
 Only full blocks are indexed. The key of a block is a hash of everything up to its end, so equal
 keys mean equal keys and values (same model, same positions, same tokens before):
@@ -17,27 +21,46 @@ keys mean equal keys and values (same model, same positions, same tokens before)
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+# Asking for spare memory may take milliseconds, and so few blocks are no danger to a machine.
+ASK_EVERY = 64
 
 
 class BlockManager:
-    """Allocation of KV blocks with reference counts, and the index of the prefix cache."""
+    """Allocation of KV blocks with reference counts, and the index of the prefix cache.
 
-    def __init__(self, num_blocks: int, block_size: int, *, salt: str = "") -> None:
-        """`salt` goes into every hash: two managers with different salts never agree on a key."""
+    Args:
+        salt: goes into every hash: two managers with different salts never agree on a key.
+        has_spare_memory: whether fresh blocks may be taken to spare cached ones; asked now and
+            then. The default is for a cache whose memory was taken when it was made.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        salt: str = "",
+        has_spare_memory: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._root = hashlib.blake2b(salt.encode(), digest_size=16).digest()
         self._references = [0] * num_blocks
-        self._empty = list(range(num_blocks - 1, -1, -1))
+        self._empty: list[int] = []
+        self.num_touched = 0  # how far the cache has grown: fresh blocks are taken in order
+        self._ask_spare_memory = has_spare_memory
+        self._has_spare_memory = True
+        self._num_until_ask = 0
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be had: empty ones, and cached ones that nobody uses."""
-        return len(self._empty) + len(self._cached)
+        """Blocks that can be had: empty and fresh ones, and cached ones that nobody uses."""
+        return len(self._empty) + self._num_fresh + len(self._cached)
 
     @property
     def num_used(self) -> int:
@@ -88,6 +111,9 @@ class BlockManager:
         """One block, for a table that grows. The caller has asked `can_allocate`."""
         if self._empty:
             block = self._empty.pop()
+        elif self._num_fresh and (not self._cached or self._may_grow()):
+            block = self.num_touched
+            self.num_touched += 1
         else:
             assert self._cached, "no free block: ask can_allocate first"
             block, _ = self._cached.popitem(last=False)
@@ -126,6 +152,17 @@ class BlockManager:
             else:
                 self._cached[block] = None
 
+    @property
+    def _num_fresh(self) -> int:
+        return self.num_blocks - self.num_touched
+
+    def _may_grow(self) -> bool:
+        if not self._num_until_ask:
+            self._has_spare_memory = self._ask_spare_memory()
+            self._num_until_ask = ASK_EVERY
+        self._num_until_ask -= 1
+        return self._has_spare_memory
+
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """Assert every invariant, given all tables in use. For tests and idle moments."""
         references = [0] * self.num_blocks
@@ -135,7 +172,8 @@ class BlockManager:
                 references[block] += 1
         assert references == self._references, "reference counts do not match the tables"
         used = {block for block, count in enumerate(references) if count}
-        places = [*self._empty, *self._cached, *used]
+        fresh = range(self.num_touched, self.num_blocks)
+        places = [*self._empty, *fresh, *self._cached, *used]
         assert sorted(places) == list(range(self.num_blocks)), "a block is lost, or in two places"
         assert len(used) == self.num_used
         indexed = {block: key for block, key in enumerate(self._hash_of) if key is not None}

@@ -2,12 +2,13 @@
 text and no Redis."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
 from common.errors import FleetError
+from common.machine_limits import has_spare_memory
 from worker.engine.batch import Batch, BlockTables, GroupLimits
 from worker.engine.loaded import Engine, LoadedModel
 from worker.engine.memory import (
@@ -31,7 +32,9 @@ from worker.engine.resolve import (
     resolve_device,
     resolve_dtype,
     resolve_eos_tokens,
+    resolve_fitting_tokens,
     resolve_max_total_tokens,
+    resolve_min_total_tokens,
     set_threads,
     warn_of_slow_kernels,
 )
@@ -209,6 +212,7 @@ def serve_paged(
     """A model with its weights, on as much paged cache as fits."""
     max_total_tokens = resolve_max_total_tokens(settings, config)
     is_encoder_decoder = isinstance(model, EncoderDecoderModel)
+    num_tables = 2 if is_encoder_decoder else 1
     shape = KvShape(
         config.num_layers,
         local_kv_heads(config.num_kv_heads, build)[0],
@@ -220,12 +224,17 @@ def serve_paged(
         block_size=settings.block_size,
         num_slots=settings.max_batch_size,
         max_total_tokens=max_total_tokens,
-        tables_per_sequence=2 if is_encoder_decoder else 1,
+        min_total_tokens=resolve_min_total_tokens(settings, max_total_tokens),
+        tables_per_sequence=num_tables,
         max_batch_total_tokens=settings.max_batch_total_tokens,
         memory_fraction=settings.memory_fraction,
         free_bytes=cache_budget_bytes(build.device, build.shard),
     )
+    max_total_tokens = resolve_fitting_tokens(
+        max_total_tokens, layout, tables_per_sequence=num_tables
+    )
     texts = with_text_style(read_tokenizer_files(folder), config)
+    eos_tokens = resolve_eos_tokens(folder, config, texts)
     engine = PagedEngine(
         layout,
         PagedRunner(model, allocate_kv_cache(layout, shape, build.device)),
@@ -240,7 +249,9 @@ def serve_paged(
         ),
         Bystander()
         if build.shard.rank > 0
-        else make_sampler(settings, folder, build, config, texts, num_slots=layout.num_slots),
+        else make_sampler(
+            settings, build, config, texts, eos_tokens=eos_tokens, num_slots=layout.num_slots
+        ),
     )
     return describe(
         settings,
@@ -251,21 +262,23 @@ def serve_paged(
         engine=engine,
         served_by=served_by,
         max_total_tokens=max_total_tokens,
+        eos_tokens=eos_tokens,
         decoder_start_token=model.decoder_start_token if is_encoder_decoder else None,
+        # Pages of a CPU's cache are the machine's until something is written there.
+        has_spare_memory=has_spare_memory if build.device.type == "cpu" else lambda: True,
     )
 
 
 def make_sampler(
     settings: WorkerSettings,
-    folder: ModelFolder,
     build: Build,
     config: ServedConfig,
     texts: TokenizerFiles,
     *,
+    eos_tokens: tuple[int, ...],
     num_slots: int,
 ) -> Sampler:
     """The sampler of the shard that chooses."""
-    eos_tokens = resolve_eos_tokens(folder, config)
     return Sampler(
         num_slots,
         config.vocab_size,
@@ -288,8 +301,10 @@ def describe(
     engine: Engine,
     served_by: str,
     max_total_tokens: int,
+    eos_tokens: tuple[int, ...],
     decoder_start_token: int | None,
     has_paged_cache: bool = True,
+    has_spare_memory: Callable[[], bool] = lambda: True,
 ) -> LoadedModel:
     """An engine with the facts of its model; one line of the log."""
     layout = engine.layout
@@ -311,7 +326,7 @@ def describe(
         device=str(build.device),
         vocab_size=config.vocab_size,
         max_total_tokens=max_total_tokens,
-        eos_tokens=resolve_eos_tokens(folder, config),
+        eos_tokens=eos_tokens,
         bos_token=texts.bos_token,
         eos_token=texts.eos_token,
         chat_template=texts.chat_template,
@@ -319,4 +334,5 @@ def describe(
         revision=folder.revision,
         decoder_start_token=decoder_start_token,
         has_paged_cache=has_paged_cache,
+        has_spare_memory=has_spare_memory,
     )

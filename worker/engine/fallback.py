@@ -12,7 +12,13 @@ from worker.engine.loaded import LoadedModel
 from worker.engine.memory import StateShape, plan_kv_cache
 from worker.engine.padded_engine import ForcedTokens, PaddedEngine
 from worker.engine.padded_runner import PaddedRunner
-from worker.engine.resolve import cache_budget_bytes, resolve_max_total_tokens
+from worker.engine.resolve import (
+    cache_budget_bytes,
+    resolve_eos_tokens,
+    resolve_fitting_tokens,
+    resolve_max_total_tokens,
+    resolve_min_total_tokens,
+)
 from worker.engine.self_check import check_batched, check_cached, check_paged, check_tokens
 from worker.layers.build import Build
 from worker.models.auto import (
@@ -115,19 +121,27 @@ def _serve_padded(
     fixed_bytes, token_bytes = _state_bytes(runner, prompt, is_encoder_decoder=bool(encoder_tokens))
     if runner.is_batching:
         token_bytes *= 2  # a batch is a copy
+    num_tables = 2 if encoder_tokens else 1
     layout = plan_kv_cache(
         StateShape(token_bytes),
         block_size=settings.block_size,
         num_slots=settings.max_batch_size,
         max_total_tokens=max_total_tokens,
-        tables_per_sequence=2 if encoder_tokens else 1,
+        min_total_tokens=resolve_min_total_tokens(settings, max_total_tokens),
+        tables_per_sequence=num_tables,
         max_batch_total_tokens=settings.max_batch_total_tokens,
         memory_fraction=settings.memory_fraction,
         free_bytes=cache_budget_bytes(build.device, build.shard)
         - fixed_bytes * settings.max_batch_size,
     )
+    max_total_tokens = resolve_fitting_tokens(
+        max_total_tokens, layout, tables_per_sequence=num_tables
+    )
     texts = read_tokenizer_files(folder)
-    sampler = make_sampler(settings, folder, build, facts, texts, num_slots=layout.num_slots)
+    eos_tokens = resolve_eos_tokens(folder, facts, texts)
+    sampler = make_sampler(
+        settings, build, facts, texts, eos_tokens=eos_tokens, num_slots=layout.num_slots
+    )
     forced = ForcedTokens(facts.forced_first_token, facts.suppressed_tokens)
     return describe(
         settings,
@@ -138,6 +152,7 @@ def _serve_padded(
         engine=PaddedEngine(layout, runner, sampler, forced),
         served_by="transformers-padded",
         max_total_tokens=max_total_tokens,
+        eos_tokens=eos_tokens,
         decoder_start_token=facts.decoder_start_token,
         has_paged_cache=False,
     )

@@ -4,6 +4,7 @@ torch.
 The service works with these two names only, so it cannot tell our paged engine from the echo model.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,7 +35,7 @@ class LoadedModel:
     `max_total_tokens` is the longest prompt plus answer; `tokenizer_json` is the content of a
     `tokenizer.json`; `served_by` names the path that runs the model: "engine", "transformers",
     "transformers-padded" or "echo". Without `has_paged_cache` there are no blocks that sequences
-    could share.
+    could share. `has_spare_memory` tells whether its cache may grow, see `BlockManager`.
     """
 
     engine: Engine
@@ -57,6 +58,7 @@ class LoadedModel:
     # What the decoder of an encoder-decoder model begins with; None for all other models.
     decoder_start_token: int | None = None
     has_paged_cache: bool = True
+    has_spare_memory: Callable[[], bool] = lambda: True
 
     @property
     def is_encoder_decoder(self) -> bool:

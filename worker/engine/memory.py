@@ -1,6 +1,5 @@
 """How many tokens the KV cache holds, and its memory. Knows sizes, not models."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.machine_limits import available_memory_bytes
 from worker.engine.plan import KvCacheLayout
 from worker.layers.attention import KvCache
 
@@ -42,6 +42,7 @@ def plan_kv_cache(
     block_size: int,
     num_slots: int,
     max_total_tokens: int,
+    min_total_tokens: int | None = None,
     tables_per_sequence: int = 1,
     max_batch_total_tokens: int | None,
     memory_fraction: float,
@@ -53,19 +54,25 @@ def plan_kv_cache(
     A sequence may divide its tokens among several block tables, each of which ends in a block that
     it does not fill: an encoder's input and the decoder's tokens have one each.
 
+    Args:
+        min_total_tokens: what fits must hold one sequence of so many tokens; the default is
+            `max_total_tokens`. See `longest_sequence`.
+
     Raises:
-        ValueError: not even one sequence of full length would fit.
+        ValueError: not even one such sequence would fit.
     """
+    least_tokens = max_total_tokens if min_total_tokens is None else min_total_tokens
     blocks_per_sequence = -(-max_total_tokens // block_size) + tables_per_sequence - 1
+    least_blocks = -(-least_tokens // block_size) + tables_per_sequence - 1
     budget_bytes = int(free_bytes * memory_fraction)
     affordable = budget_bytes // (block_size * shape.token_bytes)
     if max_batch_total_tokens is not None:
         wanted = max_batch_total_tokens // block_size
-        if wanted < blocks_per_sequence:
+        if wanted < least_blocks:
             raise ValueError(
-                "`max_batch_total_tokens` must hold one sequence of `max_total_tokens`, in whole "
-                f"blocks. Given: {max_batch_total_tokens} and {max_total_tokens}, with blocks "
-                f"of {block_size}"
+                f"`max_batch_total_tokens` must hold one sequence of {least_tokens} tokens, in "
+                f"whole blocks of {block_size}. Given: {max_batch_total_tokens}. "
+                "Raise it or lower `max_total_tokens`"
             )
         if wanted * block_size * shape.token_bytes > free_bytes:
             raise ValueError(
@@ -75,15 +82,20 @@ def plan_kv_cache(
             )
     else:
         wanted = min(affordable, num_slots * blocks_per_sequence)
-        if wanted < blocks_per_sequence:
+        if wanted < least_blocks:
             raise ValueError(
-                f"the KV cache must hold one sequence of `max_total_tokens` ({max_total_tokens}), "
-                f"which needs {blocks_per_sequence * block_size * shape.token_bytes / 2**20:.0f} "
+                f"the KV cache must hold one sequence of {least_tokens} tokens, "
+                f"which needs {least_blocks * block_size * shape.token_bytes / 2**20:.0f} "
                 f"MiB; `memory_fraction` {memory_fraction} of {free_bytes / 2**20:.0f} MiB free "
                 f"is {budget_bytes / 2**20:.0f} MiB. "
                 "Lower `max_total_tokens` or raise `memory_fraction`"
             )
     return KvCacheLayout(num_blocks=wanted, block_size=block_size, num_slots=num_slots)
+
+
+def longest_sequence(layout: KvCacheLayout, *, tables_per_sequence: int = 1) -> int:
+    """How many tokens of a single sequence always fit, however its tables divide them."""
+    return (layout.num_blocks - tables_per_sequence + 1) * layout.block_size
 
 
 def allocate_kv_cache(layout: KvCacheLayout, shape: KvShape, device: torch.device) -> KvCache:
@@ -99,18 +111,10 @@ def allocate_kv_cache(layout: KvCacheLayout, shape: KvShape, device: torch.devic
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """What this process may still take, on the device; for a CPU also within its control group."""
+    """What this process may still take, on the device; for a CPU also within its control groups."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    limits = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        limits = [int(fields["MemAvailable"].split()[0]) * 1024]
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        limits.append(int(text) - int(used.read_text()))
-    return max(0, min(limits))
+    return available_memory_bytes()
 
 
 def has_room_for_file_cache(files: Sequence[Path]) -> bool:

@@ -5,6 +5,9 @@ prompt chunks of running sequences, then to admissions in the order of arrival:
 
     budget 16   |d|d|d| chunk of A (rest of its prompt) | chunk of B (as much as fits) |
 
+A prompt that others follow leaves them a quarter of what it could take: else each short prompt
+behind one of 100,000 tokens would wait for all of it.
+
 The encoder of an encoder-decoder model reads its input in one piece, which counts towards the
 budget. An input longer than what is left runs when it is the only prompt of its step: none waits
 for ever behind the decodes, and none makes a step longer than itself.
@@ -26,7 +29,10 @@ from common.errors import ValidationError
 from common.messages import Frame
 from worker.engine.block_manager import BlockManager
 from worker.engine.plan import Chunk, KvCacheLayout, SequenceStart, StepPlan
+from worker.engine.request_limits import RequestLimits
 from worker.engine.sequence import TERMINAL_SEQUENCE_STATES, Sequence, SequenceState
+
+_SMALLEST_DIVIDED = 64  # tokens
 
 
 class HasFrame(Protocol):
@@ -48,19 +54,25 @@ class Scheduler:
         layout: KvCacheLayout,
         *,
         max_step_tokens: int,
+        limits: RequestLimits | None = None,
         prefix_caching: bool = True,
         salt: str = "",
+        has_spare_memory: Callable[[], bool] = lambda: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`salt`: what keys and values depend on besides tokens, as model and revision."""
+        """`salt`: what keys and values depend on besides tokens, as model and revision.
+        `has_spare_memory`: see `BlockManager`."""
         assert layout.num_slots > 0 and max_step_tokens > 0
         self._layout = layout
         self._max_step_tokens = max_step_tokens
+        self._limits = limits or RequestLimits()
         # Each running sequence must be able to decode in every step.
         self._max_running = min(layout.num_slots, max_step_tokens)
         self._prefix_caching = prefix_caching
         self._clock = clock
-        self._blocks = BlockManager(layout.num_blocks, layout.block_size, salt=salt)
+        self._blocks = BlockManager(
+            layout.num_blocks, layout.block_size, salt=salt, has_spare_memory=has_spare_memory
+        )
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in the order of admission
         self._slots: list[Sequence | None] = [None] * layout.num_slots
@@ -115,9 +127,11 @@ class Scheduler:
     def add(self, sequence: Sequence, *, at_front: bool = False) -> None:
         """Queue a sequence; at the front if somebody is watching its stream already.
 
-        Raises ValidationError when it could not finish even with the whole KV cache for itself.
+        Raises ValidationError when the engine was not built for it, or it could not finish even
+        with the whole KV cache for itself.
         """
         assert sequence.state is SequenceState.WAITING and sequence.slot is None
+        self._limits.check(sequence.request)
         num_more = sequence.max_positions - sequence.num_tokens
         if self._blocks_for(sequence, num_more=num_more) > self._layout.num_blocks:
             raise ValidationError(_too_large(sequence, self._layout))
@@ -224,9 +238,11 @@ class Scheduler:
             chunks.append(Chunk(sequence.slot, sequence.num_computed, newest, new_blocks, True))
 
     def _plan_prefills(self, chunks: list[Chunk], budget: int) -> int:
-        for sequence in self._running:
-            if budget > 0 and sequence.state is SequenceState.PREFILLING:
-                chunk = self._prompt_chunk(sequence, budget)
+        prompts = [one for one in self._running if one.state is SequenceState.PREFILLING]
+        for place, sequence in enumerate(prompts, 1):
+            if budget > 0:
+                is_followed = place < len(prompts) or self._can_admit
+                chunk = self._prompt_chunk(sequence, _share(budget, is_followed=is_followed))
                 chunks.append(chunk)
                 budget -= len(chunk.tokens)
         return budget
@@ -246,17 +262,25 @@ class Scheduler:
             started.append(sequence.start())
             has_prompts = True
             budget = max(1, budget - num_encoder_tokens)
-            chunk = self._prompt_chunk(sequence, budget, tuple(sequence.blocks))
+            share = _share(budget, is_followed=self._can_admit)
+            chunk = self._prompt_chunk(sequence, share, tuple(sequence.blocks))
             chunks.append(chunk)
             budget -= len(chunk.tokens)
         return started
 
+    @property
+    def _can_admit(self) -> bool:
+        """Whether the first that waits can have a slot, and blocks even if none of its is cached."""
+        if not self._waiting or self.num_running >= self._max_running:
+            return False
+        return self._has_room_for(self._waiting[0], [])
+
     def _prompt_chunk(
-        self, sequence: Sequence, budget: int, new_blocks: tuple[int, ...] = ()
+        self, sequence: Sequence, most: int, new_blocks: tuple[int, ...] = ()
     ) -> Chunk:
         assert sequence.slot is not None
         start = sequence.num_computed
-        end = min(start + budget, sequence.num_tokens)
+        end = min(start + most, sequence.num_tokens)
         tokens = tuple(sequence.tokens[start:end])
         return Chunk(sequence.slot, start, tokens, new_blocks, end == sequence.num_tokens)
 
@@ -337,6 +361,12 @@ class Scheduler:
         self._free_slots.append(sequence.slot)
         self._released.append(sequence.slot)
         sequence.vacate()
+
+
+def _share(budget: int, *, is_followed: bool) -> int:
+    """How many tokens of `budget` a prompt may take. A small budget is not divided: a chunk costs
+    a pass over the weights however short it is."""
+    return budget - budget // 4 if is_followed and budget >= _SMALLEST_DIVIDED else budget
 
 
 def _too_large(sequence: Sequence, layout: KvCacheLayout) -> str:

@@ -21,6 +21,7 @@ from common.telemetry import configure_logging
 from worker.engine.engine import build_engine
 from worker.engine.loaded import Engine, LoadedModel
 from worker.engine.plan import KvCacheLayout, StepPlan, StepResult
+from worker.engine.resolve import resolve_dtype
 from worker.parallel.beats import Beats
 from worker.parallel.group import Shard, join_group, leave_group
 from worker.parallel.plan_broadcast import PlanBroadcast
@@ -121,7 +122,8 @@ def run_follower(settings: WorkerSettings) -> int:
 
 
 def _join(settings: WorkerSettings) -> tuple[ShardWiring, Beats, Shard]:
-    """Meet the other shards."""
+    """Meet the other shards, and use the devices together once: every step will be watched, and the
+    cache gets the memory that is left then. Raises FleetError."""
     wiring = ShardWiring.of(settings)
     beats = wiring.beats()
     has_cuda = settings.device != "cpu" and torch.cuda.is_available()
@@ -139,4 +141,6 @@ def _join(settings: WorkerSettings) -> tuple[ShardWiring, Beats, Shard]:
         listener=wiring.listener,
         progress=beats.progress,
     )
+    device = torch.device("cuda", wiring.local_rank) if has_cuda else torch.device("cpu")
+    shard.warm_up(device, resolve_dtype(settings, device))
     return wiring, beats, shard

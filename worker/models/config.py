@@ -46,6 +46,8 @@ class DecoderConfig:
     windows: tuple[int | None, ...]  # a layer each: how many newest positions it sees; None is all
     dtype: str  # of the files, as the config names it; empty if it does not
     eos_tokens: tuple[int, ...]
+    # Where a scaled rope reaches further than `max_positions`: who asks may have it.
+    max_stretched_positions: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +121,9 @@ def _llama_family(hf: Mapping[str, Any]) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=hf.get("num_key_value_heads") or num_heads,
         head_dim=hf.get("head_dim") or hf["hidden_size"] // num_heads,
-        # A dynamic rope states the length before scaling, all others the length after it.
+        # Of a dynamic rope, files tell the length before scaling; see `stretched_positions`.
         max_positions=int(max_positions * rope.factor) if rope.kind == "dynamic" else max_positions,
+        max_stretched_positions=stretched_positions(rope, max_positions),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         activation=hf.get("hidden_act", "silu"),
         rope=rope,
@@ -184,6 +187,18 @@ def rope_config(hf: Mapping[str, Any], max_positions: int) -> RopeConfig:
         mscale_all_dim=values.get("mscale_all_dim"),
         has_rounded_range=values.get("truncate", True),
     )
+
+
+def stretched_positions(rope: RopeConfig, max_positions: int) -> int:
+    """How far a rope's factor reaches.
+
+    A file's `max_positions` is the length before scaling (a linear rope; YaRN as Qwen tells how to
+    switch it on) or after it (Llama 3), and never says which. This is the length after, where the
+    other may be the one before.
+    """
+    if rope.kind == "yarn":
+        return int(rope.original_max_positions * rope.factor)
+    return int(max_positions * rope.factor) if rope.kind == "linear" else max_positions
 
 
 def required(hf: Mapping[str, Any], *names: str) -> Any:

@@ -30,6 +30,7 @@ from worker.models.config import (
     partial_rotary_factor,
     required,
     rope_config,
+    stretched_positions,
 )
 from worker.models.decoder import DecoderModel
 from worker.models.self_attention import SelfAttention
@@ -76,12 +77,14 @@ class GptNeoxModel(DecoderModel):
         )
         rotary_share = partial_rotary_factor(hf, hf.get("rotary_pct", 0.25))
         max_positions = hf.get("max_position_embeddings") or 2048
+        rope = rope_config({"rope_theta": hf.get("rotary_emb_base"), **hf}, max_positions)
         return GptNeoxConfig(
             **sizes,
             max_positions=max_positions,
+            max_stretched_positions=stretched_positions(rope, max_positions),
             intermediate_size=required(hf, "intermediate_size"),
             rotary_dim=_rotary_dim(sizes["head_dim"], rotary_share),
-            rope=rope_config({"rope_theta": hf.get("rotary_emb_base"), **hf}, max_positions),
+            rope=rope,
             norm_eps=hf.get("layer_norm_eps", 1e-5),
             activation=hf.get("hidden_act", "gelu"),
             is_parallel=hf.get("use_parallel_residual", True),

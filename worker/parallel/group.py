@@ -17,6 +17,10 @@ STEP_TIMEOUT = timedelta(seconds=30)
 # Between steps a shard waits for the next plan, and after loading for the slowest disk.
 IDLE_TIMEOUT = timedelta(days=365)
 JOIN_TIMEOUT = timedelta(minutes=10)
+# Rows of a step that generates one token, and of a long prompt: by size NCCL chooses among several
+# ways, and it connects each when that is first taken.
+WARM_UP_ROWS = (1, 4096)
+WARM_UP_WIDTH = 64
 
 
 class PeerLost(FleetError):
@@ -69,6 +73,17 @@ class Shard:
         smallest = torch.tensor([value], dtype=torch.int64)
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=self.control)
         return int(smallest)
+
+    def warm_up(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Do once what layers do in every step, and wait for it; all shards must. On CUDA the first
+        time takes seconds (NCCL's communicators, cuBLAS), which in a step would look like a stuck
+        shard. Raises PeerLost."""
+        if self.size == 1:
+            return
+        weight = torch.zeros(WARM_UP_WIDTH, WARM_UP_WIDTH, dtype=dtype, device=device)
+        for num_rows in WARM_UP_ROWS:
+            x = torch.zeros(num_rows, WARM_UP_WIDTH, dtype=dtype, device=device)
+            self.all_gather(self.all_reduce(x @ weight)).sum().item()
 
     def divide(self, total: int, what: str) -> int:
         """This shard's share of `total`. Raises ValueError if the shards cannot have equal

@@ -6,6 +6,7 @@ state.py        what is kept of the sequence in a slot
 history.py      which tokens a sequence has seen, kept for its penalties only
 watermark.py    which tokens a watermark favours
 grammar.py      structured output: which tokens may come next, worked out in other threads
+grammar_budget.py  the processor time that a row's grammar may take
 token_bytes.py  a SentencePiece tokenizer as the grammar library reads it
 entries.py      single entries of the logits, collected for one rule
 adjust.py       the rules that change single logits, for the rows that ask for them

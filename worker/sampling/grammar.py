@@ -7,6 +7,10 @@ while the step that chose this one is told to clients.
     start ──compile, replay──► mask ──record(token)──► consume, mask ──► mask ...
              in the pool              returns at once     in the pool
 
+The batch waits for the masks of all its rows, so a grammar that costs too much fails its own request.
+Limits stop most of them within milliseconds. But llguidance counts what it keeps, not what it tries,
+and some grammars take seconds within any limit: those the budget stops (grammar_budget.py).
+
 Knows tokens and grammars, no logits and no requests. Source: Microsoft's llguidance (an Earley
 parser over derivatives of regular expressions).
 """
@@ -17,14 +21,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLTokenizer
 from torch import Tensor
 
-from common.grammar import GrammarError, llguidance_text, short_reason
+from common.grammar import GrammarError, compiled, short_reason
 from common.messages import Grammar
+from worker.sampling.grammar_budget import GrammarBudget
 from worker.sampling.token_bytes import has_metaspace_decoder, wrapped_tokenizer
 
-_THREADS = 2
+_THREADS = 64  # so many that hardly a row waits behind another's expensive grammar
+_LOOK_EVERY_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,33 +72,49 @@ class GrammarMatcher:
     ) -> None:
         self._eos_tokens = frozenset(eos_tokens)
         self._pool = pool
+        self._budget = GrammarBudget()
         self._next = pool.submit(self._begin, grammar, output_tokens, tokenizer)
 
     def next_tokens(self) -> NextTokens:
-        """What may come next; waits for it. Raises GrammarError when nothing can."""
-        return self._next.result()
+        """What may come next; waits for it. Raises GrammarError when nothing can, or when it is too
+        expensive to find out."""
+        while True:
+            try:
+                return self._next.result(timeout=_LOOK_EVERY_S)
+            except TimeoutError:
+                self._check_budget()
 
     def record(self, token: int) -> None:
         """The sequence generated this token, one of `next_tokens`."""
-        self._next = self._pool.submit(self._advance, (token,))
+        self._next = self._pool.submit(self._advance, token)
 
     def _begin(
         self, grammar: Grammar, output_tokens: tuple[int, ...], tokenizer: "Future[LLTokenizer]"
     ) -> NextTokens:
-        self._matcher = LLMatcher(tokenizer.result(), llguidance_text(grammar), log_level=0)
+        self._matcher = compiled(grammar, tokenizer.result())
         self._bits = np.zeros(-(-tokenizer.result().vocab_size // 32), dtype=np.uint32)
         self._ends = np.zeros_like(self._bits)
         for token in self._eos_tokens:
             self._ends[token // 32] |= np.uint32(1 << token % 32)
-        self._check()
-        return self._advance(output_tokens)
+        self._consume(output_tokens)
+        with self._budget.step():
+            return self._compute_mask()
 
-    def _advance(self, tokens: Sequence[int]) -> NextTokens:
+    def _advance(self, token: int) -> NextTokens:
+        with self._budget.step():
+            self._consume((token,))
+            found = self._compute_mask()
+        self._check_budget()
+        return found
+
+    def _consume(self, tokens: Sequence[int]) -> None:
         for token in tokens:
             # Nothing follows the end, but a request may go on after it: with the end, again.
             if not (self._matcher.is_stopped() and token in self._eos_tokens):
                 self._matcher.consume_token(token)
         self._check()
+
+    def _compute_mask(self) -> NextTokens:
         bits = np.empty_like(self._bits)
         self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         self._check()
@@ -102,8 +124,18 @@ class GrammarMatcher:
         return NextTokens(torch.from_numpy(bits.view(np.int32)), is_complete)
 
     def _check(self) -> None:
+        """A compiled grammar and tokens of its own masks leave the limits as the only thing to fail."""
         if self._matcher.is_error():
-            raise GrammarError(short_reason(self._matcher.get_error()))
+            raise _too_expensive(short_reason(self._matcher.get_error()))
+
+    def _check_budget(self) -> None:
+        if self._budget.is_overspent:
+            raise _too_expensive("other requests would have to wait for it; make it less ambiguous")
+
+
+def _too_expensive(reason: str) -> GrammarError:
+    """For the client."""
+    return GrammarError(f"too expensive to follow: {reason}")
 
 
 def _read_tokenizer(tokenizer_json: str, eos_tokens: tuple[int, ...]) -> LLTokenizer:

@@ -11,6 +11,7 @@ from common.lua import TRANSIENT
 from common.request_queue import Entry, Lease, RequestQueue
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Sequence
+from worker.service.outage import Outage
 from worker.service.output import OutputProcessor
 from worker.service.publisher import Publisher
 
@@ -52,6 +53,9 @@ class Intake:
 
     async def run(self) -> None:
         """Fetch and lease until cancelled."""
+        outage = Outage(
+            logger, "the broker does not answer, trying again", over="the broker answers"
+        )
         while True:
             if self._scheduler.room <= 0:
                 self._has_room.clear()
@@ -63,10 +67,9 @@ class Intake:
                     await self._queue.create_group()
                     self._has_group = True
                 await self._fetch(self._scheduler.room)
+                outage.succeeded()
             except (*TRANSIENT, Unavailable) as error:
-                logger.warning(
-                    "the broker does not answer, trying again", extra={"error": str(error)}
-                )
+                outage.failed(error)
                 self._is_run_known = False
                 await asyncio.sleep(_PAUSE_S)
             except RedisError as error:
@@ -152,11 +155,8 @@ class Intake:
             await self.lease(await self._queue.delivered(self._worker_id, known=known))
 
     async def _fetch(self, room: int) -> None:
-        """Wait for an entry, and begin with it before looking for more: that is a first token's shortest way."""
+        """Lease what waits, highest priority first and no more than there is room for; wait where nothing does."""
         await self._look_back()
-        entries = await self._queue.wait(self._worker_id)
-        await self.lease(entries)
-        if entries and room > len(entries):
-            await asyncio.sleep(0)  # the step begins first
-            count = room - len(entries)
-            await self.lease(await self._queue.fetch(self._worker_id, count=count))
+        entries = await self._queue.fetch(self._worker_id, count=room)
+        await self.lease(entries or await self._queue.wait(self._worker_id))
+        await asyncio.sleep(0)  # the step begins before the next look

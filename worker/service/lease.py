@@ -12,15 +12,20 @@ from collections.abc import Callable
 
 from redis.exceptions import RedisError
 
-from common.errors import Unavailable
+from common.errors import FleetError, Unavailable
 from common.lua import TRANSIENT
 from common.messages import ModelCard
 from common.request_queue import RequestQueue
 from common.worker_registry import WorkerRegistry, WorkerStatus
+from worker.service.outage import Outage
 
 logger = logging.getLogger(__name__)
 
 _BEATS_PER_LEASE = 4
+
+
+class StepHangs(FleetError):
+    """A step does not end, and nothing can end it but the end of its process."""
 
 
 class Heartbeat:
@@ -44,6 +49,7 @@ class Heartbeat:
         self._step_timeout_s = step_timeout_s
         self._status = status
         self._busy_since_s = busy_since_s
+        self._hangs_since_s: float | None = None
 
     async def announce(self) -> None:
         """Publish the model and this worker. From here on gateways send requests."""
@@ -60,20 +66,32 @@ class Heartbeat:
         await self._registry.retire(self._card.model, self._status().id)
 
     async def run(self) -> None:
-        """Beat until cancelled."""
+        """Beat until cancelled. Raises StepHangs: a worker that cannot go on must make room for one that can."""
+        outage = Outage(logger, "heartbeat not written", over="heartbeat written again")
         while True:
             await asyncio.sleep(self._lease_s / _BEATS_PER_LEASE)
             if self._is_hanging():
-                logger.error("a step takes longer than the step timeout, heartbeat withheld")
                 continue
             try:
                 await self.beat()
+                outage.succeeded()
             except (*TRANSIENT, RedisError) as error:
-                logger.warning("heartbeat not written", extra={"error": str(error)})
+                outage.failed(error)
 
     def _is_hanging(self) -> bool:
+        """Whether to give the lease up. The step's last chance is the next beat: a process that was stopped for
+        longer than the timeout is found here with a step that is about to end."""
         since_s = self._busy_since_s()
-        return since_s is not None and time.monotonic() - since_s > self._step_timeout_s
+        if since_s is None or time.monotonic() - since_s <= self._step_timeout_s:
+            return False
+        if since_s == self._hangs_since_s:
+            raise StepHangs(
+                f"a step takes longer than `step_timeout_s`, {self._step_timeout_s:g} s, and cannot be ended otherwise; "
+                "raise it if steps of this model may take so long"
+            )
+        self._hangs_since_s = since_s
+        logger.error("a step takes longer than the step timeout, heartbeat withheld")
+        return True
 
 
 class Reaper:
@@ -91,12 +109,18 @@ class Reaper:
 
     async def run(self) -> None:
         """Reap about five times a lease until cancelled: a look is cheap, and somebody waits for each dead worker."""
+        outage = Outage(
+            logger,
+            "could not look for abandoned requests",
+            over="abandoned requests are found again",
+        )
         while True:
             await asyncio.sleep(self._lease_s * random.uniform(0.1, 0.3))
             try:
                 num_revoked = await self.reap()
+                outage.succeeded()
             except (*TRANSIENT, RedisError, Unavailable) as error:
-                logger.warning("could not look for abandoned requests", extra={"error": str(error)})
+                outage.failed(error)
                 continue
             if num_revoked:
                 logger.warning(

@@ -10,6 +10,7 @@ from common.errors import Unavailable
 from common.lua import TRANSIENT
 from common.request_queue import WATCH_TTL_S
 from common.request_store import RequestStore
+from worker.service.outage import Outage
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +33,16 @@ class OrphanWatch:
         error, and after the start, comes late.
         """
         pause_s, seen = WATCH_TTL_S, frozenset()
+        outage = Outage(logger, "cannot look for orphans, trying again", over="looks for orphans")
         while True:
             await asyncio.sleep(pause_s * random.uniform(1.0, 1.2))
             try:
                 orphans = await self._store.look_for_orphans(seen=seen)
             except (*TRANSIENT, RedisError, Unavailable) as error:
-                logger.warning("could not look for orphans", extra={"error": str(error)})
+                outage.failed(error)
                 pause_s, seen = WATCH_TTL_S, frozenset()
                 continue
+            outage.succeeded()
             pause_s, seen = _LOOK_EVERY_S, orphans.unwatched
             if orphans.num_ended:
                 logger.warning("ended what nobody reads", extra={"requests": orphans.num_ended})

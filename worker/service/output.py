@@ -122,9 +122,11 @@ class OutputProcessor:
 
     def _next_text(self, sequence: Sequence, token: int) -> tuple[str, bool]:
         """The visible text that a token adds, and whether a stop string has come with it."""
-        if token in self._special_tokens:
-            return "", False
         assert sequence.detokenizer and sequence.stop_matcher, "start the sequence first"
+        if token in self._special_tokens:
+            # chat clients give the end of a turn as a stop string, too: it has no text to be found in
+            is_stop = self._name(token) in sequence.request.stopping.stop
+            return (_flush(sequence)[0], True) if is_stop else ("", False)
         return sequence.stop_matcher.push(sequence.detokenizer.push(token))
 
     def _token(self, sampled: Sampled, text: str) -> Token:

@@ -4,8 +4,10 @@ import asyncio
 import gc
 import hashlib
 import logging
+import os
 import signal
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterable
@@ -26,6 +28,7 @@ from common.telemetry import configure_logging, configure_tracing
 from common.worker_registry import WorkerRegistry, WorkerStatus
 from worker.engine.build import load_model
 from worker.engine.loaded import LoadedModel
+from worker.engine.request_limits import RequestLimits
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Sequence
 from worker.metrics import WorkerMetrics
@@ -45,6 +48,8 @@ _CANCEL_AGAIN_S = 0.1
 # The engine gives Python's lock up with every kernel, and publishing takes it. By default it would be
 # 5 ms until the engine may ask for it back, several times a step.
 _SWITCH_S = 0.0001
+_ENGINE = "engine"
+_LAST_STEP_S = 2.0  # for the step that runs when all else has ended
 _RETIRE_S = 1.0  # what a stopping worker may spend on a broker that does not answer
 
 
@@ -52,15 +57,29 @@ def run(settings: WorkerSettings) -> int:
     """Serve until SIGTERM or SIGINT; the exit code."""
     configure_logging(settings.log_level, settings.json_output)
     sys.setswitchinterval(_SWITCH_S)
+    executor = ThreadPoolExecutor(1, thread_name_prefix=_ENGINE)
     try:
-        return uvloop.run(_serve(settings))
+        code = uvloop.run(_serve(settings, executor))
     except FleetError as error:
         logger.error("%s", error)
-        return 1
+        code = 1
+    executor.shutdown(wait=False, cancel_futures=True)
+    _leave_hanging_step(code)
+    return code
 
 
-async def _serve(settings: WorkerSettings) -> int:
-    executor = ThreadPoolExecutor(1, thread_name_prefix="engine")
+def _leave_hanging_step(code: int) -> None:
+    """End the process if a step does not end by itself: Python would wait for its thread for ever."""
+    for thread in threading.enumerate():
+        if thread.name.startswith(_ENGINE):
+            thread.join(_LAST_STEP_S)
+            if thread.is_alive():
+                logger.warning("the process ends in the middle of a step")
+                logging.shutdown()
+                os._exit(code)
+
+
+async def _serve(settings: WorkerSettings, executor: ThreadPoolExecutor) -> int:
     started_s = time.monotonic()
     loading = asyncio.get_running_loop().run_in_executor(executor, load_model, settings)
     redis = open_redis(settings.redis_url)
@@ -80,7 +99,6 @@ async def _serve(settings: WorkerSettings) -> int:
         return await Worker(settings, loaded, redis, executor).serve()
     finally:
         await redis.aclose()
-        executor.shutdown(wait=False, cancel_futures=True)
 
 
 class Worker:
@@ -97,8 +115,10 @@ class Worker:
         self._scheduler = Scheduler(
             loaded.layout,
             max_step_tokens=max(settings.max_batch_prefill_tokens, loaded.layout.num_slots),
+            limits=RequestLimits(card.max_total_tokens, card.vocab_size),
             prefix_caching=settings.prefix_caching and loaded.has_paged_cache,
             salt=f"{card.model}:{card.revision}:{card.dtype}:{card.quantization}",
+            has_spare_memory=loaded.has_spare_memory,
         )
         tokenizer = Tokenizer.from_str(loaded.tokenizer_json)
         processor = OutputProcessor(

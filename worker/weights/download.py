@@ -20,6 +20,7 @@ from worker.weights.files import (
     ModelFolder,
     explained_hub_errors,
     has_safetensors,
+    is_safetensors,
     local_path,
 )
 from worker.weights.hub import HubModel
@@ -69,7 +70,7 @@ def _fetch(wanted: Download, progress: Progress) -> ModelFolder:
         files = wanted.hub_model.planned((*WANTED, *BIN_FILES))
     except errors.DryRunError:  # the hub cannot be asked; the library knows why, if it matters
         return _from_cache(wanted, progress)
-    as_bin = _chooses_bin(wanted, any(file.filename.endswith(SAFETENSORS) for file in files))
+    as_bin = _chooses_bin(wanted, any(is_safetensors(file.filename) for file in files))
     other = SAFETENSORS if as_bin else BIN
     missing = [f for f in files if f.will_download and not f.filename.endswith(other)]
     if not missing:

@@ -2,6 +2,7 @@
 nor families; `prepare.py` converts what is not safetensors."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ WANTED = (
     "*.py",  # a checkpoint's own code: small, and not run without --trust-remote-code
 )
 BIN_FILES = ("*.bin", "*.bin.index.json")  # of models that have no safetensors
+
+# The names of weights that the loader reads, and of their index. Others lie beside them: adapters,
+# or the same weights in another layout.
+_SAFETENSORS = re.compile(r"model(-.*)?\.safetensors|model\.safetensors\.index\.json")
 
 # In the names of `.bin` files beside the weights, for example training_args.bin.
 _NO_WEIGHTS = ("arguments", "args", "training", "optimizer", "scheduler", "rng_state")
@@ -92,7 +97,12 @@ def bin_files(folder: ModelFolder) -> list[Path]:
 
 def has_safetensors(folder: Path) -> bool:
     """Whether there are weights in the format that the loader reads, complete or not."""
-    return any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))
+    return any(is_safetensors(file.name) for file in folder.glob("*.safetensors*"))
+
+
+def is_safetensors(name: str) -> bool:
+    """Whether a file of this name in a model's folder holds weights that the loader reads."""
+    return _SAFETENSORS.fullmatch(name) is not None
 
 
 def find_model(

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from worker.engine.block_manager import BlockManager
+from worker.engine.block_manager import ASK_EVERY, BlockManager
 
 
 def hashes_of(manager, tokens):
@@ -106,6 +106,49 @@ def test_forgotten_blocks_are_not_found_and_not_kept():
     manager.check([])
 
 
+def test_without_spare_memory_old_blocks_are_evicted_before_new_ones_are_touched():
+    manager = BlockManager(1000, 2, has_spare_memory=lambda: False)
+    for first in range(0, 600, 3):
+        table = fill(manager, [first, first, first + 1, first + 1])
+        manager.check([table])
+        manager.free(table)
+    assert manager.num_touched == 2, "what one table needs"
+    assert manager.num_free == 1000 and manager.num_cached == 2
+
+
+def test_without_spare_memory_what_runs_still_grows():
+    manager = BlockManager(6, 2, has_spare_memory=lambda: False)
+    tables = [fill(manager, [n, n, n, n]) for n in range(3)]
+    assert manager.num_touched == 6 and not manager.can_allocate(1)
+    manager.check(tables)
+
+
+def test_with_spare_memory_the_whole_cache_keeps_prefixes():
+    manager = BlockManager(100, 2)
+    for n in range(200):
+        manager.free(fill(manager, [n, n]))
+    assert manager.num_touched == manager.num_cached == 100
+
+
+def test_memory_is_asked_for_now_and_then():
+    answers = [True, False, True]
+    manager = BlockManager(1000, 2, has_spare_memory=lambda: answers.pop(0))
+    sizes = []
+    for n in range(3 * ASK_EVERY + 1):  # the first has nothing to evict, and so does not ask
+        manager.free(fill(manager, [n, n]))
+        sizes.append(manager.num_touched)
+    assert not answers
+    assert sizes[ASK_EVERY] == sizes[2 * ASK_EVERY] == ASK_EVERY + 1
+    assert sizes[-1] == 2 * ASK_EVERY + 1
+
+
+def test_empty_blocks_come_before_fresh_ones():
+    manager = BlockManager(8, 2)
+    table = manager.allocate(3)
+    manager.free(table)
+    assert sorted(manager.allocate(3)) == sorted(table) and manager.num_touched == 3
+
+
 def test_misuse_is_an_assertion():
     manager = BlockManager(1, 2)
     table = [manager.take()]
@@ -121,9 +164,11 @@ def test_misuse_is_an_assertion():
 class AnyUse(RuleBasedStateMachine):
     """Random tables over few tokens; a shadow of each block proves that a hit is right."""
 
-    @initialize(num_blocks=st.integers(1, 12), block_size=st.integers(1, 3))
-    def build(self, num_blocks, block_size):
-        self.manager = BlockManager(num_blocks, block_size)
+    @initialize(
+        num_blocks=st.integers(1, 12), block_size=st.integers(1, 3), has_memory=st.booleans()
+    )
+    def build(self, num_blocks, block_size, has_memory):
+        self.manager = BlockManager(num_blocks, block_size, has_spare_memory=lambda: has_memory)
         self.tables = []
         self.content = {}
 

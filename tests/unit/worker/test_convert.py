@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, T5Config, T5ForConditionalGeneration
 
 from tests.checkpoints import save_checkpoint
 from worker.weights.convert import convert_bin_files
-from worker.weights.files import ModelFilesError, ModelFolder, bin_files
+from worker.weights.files import ModelFilesError, ModelFolder, bin_files, is_safetensors
 from worker.weights.prepare import prepare_model
 
 CONFIG = LlamaConfig(
@@ -84,6 +84,37 @@ def test_first_load_of_a_folder_converts_it_beside(tmp_path, num_files):
     assert all(stat.S_IMODE(file.stat().st_mode) == 0o644 for file in files)
     prepare_model(str(tmp_path))
     assert files == {file: file.stat().st_mtime_ns for file in folder.weight_files()}
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "consolidated.safetensors", "sd_model.safetensors"]
+)
+def test_safetensors_that_are_no_weights_of_the_model_do_not_keep_it_from_converting(
+    tmp_path, name
+):
+    save_checkpoint(tmp_path, CONFIG)
+    expected = as_bin(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / name)
+    folder = prepare_model(str(tmp_path))
+    assert_same(loaded(folder.path), expected)
+    assert load_file(tmp_path / name).keys() == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("name", "is_weights"),
+    [
+        ("model.safetensors", True),
+        ("model-00001-of-00002.safetensors", True),
+        ("model.safetensors.index.json", True),
+        ("adapter_model.safetensors", False),
+        ("model_ema.safetensors", False),
+        ("onnx/model.safetensors", False),
+        ("adapter.safetensors.index.json", False),
+        ("model.safetensors.tmp", False),
+    ],
+)
+def test_names_of_weights(name, is_weights):
+    assert is_safetensors(name) is is_weights
 
 
 def test_folder_that_may_not_be_written_is_converted_into_the_cache(tmp_path, monkeypatch):

@@ -306,6 +306,14 @@ def test_bin_files_are_converted(hub, tokenfleet, tmp_path):
     assert offline.returncode == 0 and offline.stdout == done.stdout, offline.stderr
 
 
+def test_adapter_beside_bin_files_is_no_reason_to_leave_them(hub, tokenfleet, tmp_path):
+    files = {"config.json": CONFIG, "pytorch_model.bin": bin_weights(tmp_path)}
+    hub.repositories["old/model"] = files | {"adapter_model.safetensors": weights(tmp_path)}
+    done = tokenfleet("old/model")
+    assert done.returncode == 0, done.stderr
+    assert load_file(Path(done.stdout.strip()) / "model.safetensors")["a"].tolist() == [*range(6)]
+
+
 def test_revisions(hub, tokenfleet, tmp_path):
     hub.repositories["some/model"] = {"config.json": CONFIG, "model.safetensors": weights(tmp_path)}
     done = tokenfleet("some/model", "--revision", "v1")

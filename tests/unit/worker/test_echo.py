@@ -145,6 +145,7 @@ def test_tokenizer_knows_the_end():
 
 def test_settings_size_the_model():
     settings = WorkerSettings(
+        model_id="echo",
         max_total_tokens=100,
         max_batch_size=3,
         block_size=16,
@@ -156,7 +157,7 @@ def test_settings_size_the_model():
     assert model.layout == model.engine.layout
     assert model.max_total_tokens == 100
     assert model.engine.delay_s == 0.001
-    assert load_echo(WorkerSettings()).max_total_tokens == 32768
+    assert load_echo(WorkerSettings(model_id="echo")).max_total_tokens == 32768
 
 
 def test_it_needs_no_torch():

@@ -5,6 +5,7 @@ import re
 import statistics
 import time
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -32,6 +33,54 @@ SCHEMA = {
 JSON = Grammar(GrammarKind.JSON_SCHEMA, json.dumps(SCHEMA))
 REGEX = Grammar(GrammarKind.REGEX, r"[a-c]{2,4}-\d{3}")
 LARK = Grammar(GrammarKind.LARK, 'start: "<" WORD (" " WORD)~1..3 ">"\nWORD: /[xyz]{1,3}/')
+
+# A mistake that is easily made: every letter doubles the ways in which a text can be read.
+AMBIGUOUS = Grammar(GrammarKind.LARK, "start: e\ne: e e | e e e | /[a-z ]/")
+# The same with 200 names for it: within the limits a mask of all words below would take two seconds.
+NAMES = range(200)
+HOSTILE = Grammar(
+    GrammarKind.LARK,
+    f"start: e\ne: {' | '.join(f'e{i} e' for i in NAMES)} | /[a-z ]/\n"
+    + "\n".join(f"e{i}: e" for i in NAMES),
+)
+NAMED = {str(number): {"type": "string"} for number in range(5000)}
+HUGE = Grammar(
+    GrammarKind.JSON_SCHEMA,
+    json.dumps({"type": "object", "properties": NAMED, "required": list(NAMED)}),
+)
+
+
+def tool(number):
+    arguments = {
+        f"argument_{number}_{i}": kind
+        for i, kind in enumerate(
+            (
+                {"type": "string", "maxLength": 1000},
+                {"type": ["integer", "null"], "minimum": 0},
+                {"enum": [f"option {number} {choice}" for choice in range(20)]},
+                {"type": "array", "items": {"type": "string", "format": "date-time"}},
+            )
+        )
+    }
+    kind = {"type": "object", "properties": arguments, "additionalProperties": False}
+    call = {"name": {"const": f"tool_{number}"}, "arguments": kind}
+    return {"type": "object", "properties": call, "required": list(call)}
+
+
+def nested(depth):
+    inner = nested(depth - 1) if depth else {"type": "string"}
+    return {"type": "object", "properties": {"name": {"type": "string"}, "inner": inner}}
+
+
+# What people do ask for, at its largest.
+LARGE_SCHEMAS = {
+    "tools": {"type": "array", "items": {"anyOf": [tool(number) for number in range(128)]}},
+    "fields": {"properties": {f"field_{i}": {"type": ["string", "null"]} for i in range(500)}},
+    "enum": {"enum": [f"value {i * 7919 % 100_003}" for i in range(2000)]},
+    "depth": nested(60),
+    "pattern": {"type": "string", "pattern": "^[a-zA-Z0-9 ,.]{0,1000}$"},
+    "rows": {"type": "array", "items": SCHEMA, "maxItems": 1000},
+}
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +201,7 @@ def test_penalties_come_before_the_mask(grammars):
         (Grammar(GrammarKind.JSON_SCHEMA, "{"), "EOF while parsing"),
         (Grammar(GrammarKind.LARK, "start: x"), "unknown name"),
         (Grammar(GrammarKind.LARK, "start: <no_such_token>"), "no_such_token"),
+        (HUGE, "grammar size (number of symbols) too big"),
     ],
 )
 def test_grammar_that_cannot_be_followed_fails_alone(grammars, grammar, reason):
@@ -163,6 +213,60 @@ def test_grammar_that_cannot_be_followed_fails_alone(grammars, grammar, reason):
     assert failed.failure.message.startswith("Input validation error: grammar is not valid: ")
     assert reason in failed.failure.message
     assert sound.token == int(random_row(0, 0).argmax()) and sound.failure is None
+
+
+@pytest.fixture(scope="module")
+def many_words():
+    """A vocabulary of 8000 words on top of the bytes, as models have: a mask looks at all of them."""
+    draw = np.random.default_rng(0)
+    letters = [chr(letter) for letter in range(33, 127)]
+    pieces = [*letters, " ", "</s>"]
+    pieces += ["".join(draw.choice(letters[64:90], draw.integers(2, 17))) for _ in range(8000)]
+    vocabulary = {piece: token for token, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=False))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["</s>"])
+    grammars = Grammars(tokenizer.to_str(), eos_tokens=(vocabulary["</s>"],))
+    grammars.start(REGEX, ()).next_tokens()  # its tables are built
+    return grammars, vocabulary
+
+
+@pytest.mark.parametrize("grammar", [AMBIGUOUS, HOSTILE], ids=["ambiguous", "hostile"])
+def test_expensive_grammar_fails_alone_and_soon(many_words, grammar):
+    grammars, vocabulary = many_words
+    sampler = Sampler(2, len(vocabulary), eos_tokens=(95,), device="cpu", grammars=grammars)
+    anything = Grammar(GrammarKind.REGEX, "[a-z]*")
+    for slot, each in enumerate((grammar, anything)):
+        sampler.start(SequenceStart(slot, (1,), (), Sampling(grammar=each)))
+    logits = torch.zeros(2, len(vocabulary))
+    logits[:, vocabulary["a"]] = 1
+    slowest_s = 0.0
+    for position in range(1, 120):
+        started = time.perf_counter()
+        first, second = sampler.sample(logits.clone(), [0, 1], [position, position])
+        slowest_s = max(slowest_s, time.perf_counter() - started)
+        assert second.token == vocabulary["a"]
+        if first.failure:
+            break
+    assert first.token == NO_TOKEN and first.failure.kind == ValidationError.kind
+    assert "grammar is not valid: too expensive to follow: " in first.failure.message
+    assert slowest_s < 0.6  # 0.15 s on an idle machine; whole seconds if nobody stopped it
+
+
+def test_grammar_that_costs_a_bit_too_much_in_every_step_fails(grammars, monkeypatch):
+    monkeypatch.setattr("worker.sampling.grammar_budget.MOST_S", 0.001)
+    monkeypatch.setattr("worker.sampling.grammar_budget.STEP_S", 0.0)
+    endless = Sampling(grammar=Grammar(GrammarKind.REGEX, "a*"))
+    with pytest.raises(AssertionError, match="too expensive to follow: other requests"):
+        run(grammars, endless, min_new_tokens=999, max_tokens=999)
+
+
+@pytest.mark.parametrize("name", LARGE_SCHEMAS)
+def test_large_schemas_are_affordable(grammars, name):
+    schema = Grammar(GrammarKind.JSON_SCHEMA, json.dumps(LARGE_SCHEMAS[name]))
+    (tokens,) = run(grammars, Sampling(do_sample=True, seed=3, grammar=schema), max_tokens=300)
+    if tokens[-1] == END_TOKEN:
+        json.loads(text_of(tokens))
 
 
 def test_model_without_an_end_or_with_a_foreign_tokenizer_says_so():

@@ -1,14 +1,13 @@
 """A worker that decodes keeps its lease however long a step takes; one that hangs does not."""
 
 import asyncio
-import logging
 import time
 
 import pytest
 
 from common.messages import ModelCard
 from common.worker_registry import WorkerStatus
-from worker.service.lease import Heartbeat
+from worker.service.lease import Heartbeat, StepHangs
 
 CARD = ModelCard("m", 10, 20, 30, "digest")
 
@@ -22,17 +21,6 @@ class Registry:
     async def beat(self, card: ModelCard, status: WorkerStatus, *, lease_s: float) -> bool:
         self.beaten.set()
         return True
-
-
-class Told(logging.Handler):
-    """Tells of each log record."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.event = asyncio.Event()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.event.set()
 
 
 def a_heartbeat(registry: Registry, *, step_s: float | None) -> Heartbeat:
@@ -58,15 +46,20 @@ async def test_lease_is_kept_while_a_step_runs(step_s: float | None):
     beating.cancel()
 
 
-async def test_hung_step_gives_the_lease_up():
-    registry, told = Registry(), Told()
-    logger = logging.getLogger("worker.service.lease")
-    logger.addHandler(told)
-    try:
-        beating = asyncio.create_task(a_heartbeat(registry, step_s=61.0).run())
+async def test_a_hung_step_gives_the_lease_up_and_then_ends_the_worker():
+    registry = Registry()
+    with pytest.raises(StepHangs, match=r"longer than `step_timeout_s`, 60 s"):
         async with asyncio.timeout(5):
-            await told.event.wait()
-        beating.cancel()
-    finally:
-        logger.removeHandler(told)
+            await a_heartbeat(registry, step_s=61.0).run()
     assert not registry.beaten.is_set()
+
+
+async def test_a_step_that_ends_after_all_keeps_its_worker(caplog):
+    registry, steps = Registry(), [time.monotonic() - 61.0, time.monotonic() - 62.0]
+    heartbeat = a_heartbeat(registry, step_s=None)
+    heartbeat._busy_since_s = lambda: steps.pop() if steps else None
+    beating = asyncio.create_task(heartbeat.run())
+    async with asyncio.timeout(5):
+        await registry.beaten.wait()
+    beating.cancel()
+    assert caplog.messages == ["a step takes longer than the step timeout, heartbeat withheld"] * 2

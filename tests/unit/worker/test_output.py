@@ -161,6 +161,19 @@ def test_held_text_comes_out_at_the_length(answer, expected):
     assert Rig(stopping=stopping).generate(tokens).text == expected
 
 
+def test_a_special_token_can_be_a_stop_string():
+    rig = Rig(stopping={"stop": ("<mark>", "bcd"), "include_stop": False})
+    rig.generate([*ids("abc"), MARK, *ids("no")])
+    assert rig.reason is FinishReason.STOP_SEQUENCE
+    assert rig.text == "abc", "what might have become the other stop string is told"
+    assert len(rig.tokens) == 4 and rig.tokens[-1].id == MARK
+
+
+def test_a_special_token_that_is_no_stop_string_ends_nothing():
+    rig = Rig(stopping={"stop": ("<mar", "</s>")}).generate([*ids("a"), MARK, *ids("b")])
+    assert rig.reason is None and rig.text == "ab"
+
+
 def test_half_a_character_at_the_end_is_replaced():
     rig = Rig(stopping={"max_new_tokens": 3}).generate(ids("a€")[:3])
     assert (rig.text, rig.reason) == ("a\ufffd", FinishReason.LENGTH)

@@ -33,6 +33,31 @@ def test_decoding_sequences_come_first_and_prompts_share_what_is_left():
     worker.run()
 
 
+def test_short_prompts_do_not_wait_for_a_long_one():
+    worker = SimulatedWorker(num_blocks=2048, num_slots=8, max_step_tokens=64)
+    long = a_sequence([n % 50 for n in range(4000)], name="long")
+    worker.add(long)
+    worker.step()
+    short = [a_sequence([n] * 20, name=str(n)) for n in range(3)]
+    worker.add(*short)
+    num_steps = 0
+    while not all(one.output_tokens for one in short):
+        plan = worker.step()
+        num_steps += 1
+        assert sum(len(chunk.tokens) for chunk in plan.chunks) <= 64
+    assert num_steps <= 10, "alone they need one, behind the long one 62"
+    assert long.num_computed >= 48 * num_steps, "it keeps three quarters"
+    worker.run()
+    assert long.output_tokens == reference(long.request)
+
+
+def test_a_long_prompt_takes_all_of_a_step_while_nobody_can_follow():
+    worker = SimulatedWorker(num_blocks=2048, num_slots=1, max_step_tokens=64)
+    worker.add(a_sequence([1] * 640, name="long"), a_sequence([2], name="waits for the slot"))
+    assert [sum(len(chunk.tokens) for chunk in worker.step().chunks) for _ in range(3)] == [64] * 3
+    worker.run()
+
+
 def test_admission_is_in_order_of_arrival_with_resumed_ones_in_front():
     worker = SimulatedWorker(num_slots=1)
     sequences = [a_sequence([1], name=name) for name in "abc"]

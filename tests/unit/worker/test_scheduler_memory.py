@@ -5,6 +5,9 @@ import pytest
 from common.errors import ValidationError
 from common.messages import Failure, Frame
 from tests.scheduling import FakeOutput, SimulatedWorker, a_sequence, reference
+from worker.engine.plan import KvCacheLayout
+from worker.engine.request_limits import RequestLimits
+from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import SequenceState
 
 
@@ -109,6 +112,22 @@ def test_what_can_never_fit_is_refused_and_what_just_fits_runs():
     worker.add(fits)
     worker.run()
     assert fits.output_tokens == reference(fits.request)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_new_tokens", "message"),
+    [
+        (range(6), 5, r"must be <= 10 on this worker. Given: 6 `inputs` tokens and 5 "),
+        ((1, 50, 2), 5, r"token ids below 50.* Given: 50"),
+    ],
+)
+def test_what_the_engine_was_not_built_for_is_refused(prompt, max_new_tokens, message):
+    limits = RequestLimits(max_total_tokens=10, vocab_size=50)
+    scheduler = Scheduler(KvCacheLayout(64, 4, 4), max_step_tokens=8, limits=limits)
+    with pytest.raises(ValidationError, match=message):
+        scheduler.add(a_sequence(prompt, max_new_tokens))
+    scheduler.add(a_sequence((1, 49, 2, 3, 4), 5))
+    assert scheduler.num_waiting == 1
 
 
 def test_room_counts_slots_and_memory():
