@@ -213,27 +213,28 @@ async def test_details(model):
 
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "null"}}}
+MEANT = json.dumps({**SCHEMA, "additionalProperties": False})  # see gateway/json_schema.py
 
 
 @pytest.mark.parametrize(
     ("given", "kind", "value"),
     [
-        ({"type": "json", "value": SCHEMA}, GrammarKind.JSON_SCHEMA, json.dumps(SCHEMA)),
-        ({"type": "json_object", "value": SCHEMA}, GrammarKind.JSON_SCHEMA, json.dumps(SCHEMA)),
+        ({"type": "json", "value": SCHEMA}, GrammarKind.JSON_SCHEMA, MEANT),
+        ({"type": "json_object", "value": SCHEMA}, GrammarKind.JSON_SCHEMA, MEANT),
         (
             {"type": "json", "value": json.dumps(SCHEMA)},
             GrammarKind.JSON_SCHEMA,
-            json.dumps(SCHEMA),
+            MEANT,
         ),
         (
             {"type": "json_schema", "value": {"name": "x", "schema": SCHEMA}},
             GrammarKind.JSON_SCHEMA,
-            json.dumps(SCHEMA),
+            MEANT,
         ),
         (
             {"type": "json_schema", "value": {"schema": SCHEMA}},
             GrammarKind.JSON_SCHEMA,
-            json.dumps(SCHEMA),
+            MEANT,
         ),
         ({"type": "regex", "value": "a+"}, GrammarKind.REGEX, "a+"),
         ({"type": "lark", "value": 'start: "a"'}, GrammarKind.LARK, 'start: "a"'),
