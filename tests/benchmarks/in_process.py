@@ -16,7 +16,7 @@ from tests.benchmarks.report import Level, summarize
 from worker.engine.build import load_model
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Sequence
-from worker.service.output import OutputProcessor
+from worker.service.output import Output, OutputProcessor
 from worker.settings import WorkerSettings
 
 
@@ -54,6 +54,36 @@ class InProcessWorker:
     def close(self) -> None:
         self._engine.close()
 
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def begin(self, prompt: str, num_tokens: int) -> Sequence:
+        """A sequence that the next step takes up: greedy, of exactly `num_tokens` tokens."""
+        self._num_begun += 1
+        sequence = Sequence(
+            GenerationRequest(
+                id=f"direct-{self._num_begun}",
+                model="echo",
+                prompt_tokens=tuple(self._tokenizer.encode(prompt).ids),
+                sampling=Sampling(),
+                stopping=Stopping(num_tokens, ignore_eos=True),
+            )
+        )
+        self._processor.start(sequence)
+        self._scheduler.add(sequence)
+        return sequence
+
+    def step(self) -> list[Output]:
+        """One step; nothing when there is nothing to do."""
+        plan = self._scheduler.plan()
+        if plan is None:
+            return []
+        result = self._engine.step(plan)
+        outputs = self._processor.advance(plan, result, self._scheduler.sequence_at)
+        self._scheduler.commit(plan, outputs)
+        return outputs
+
     def run(
         self, num_users: int, num_requests: int, load: Load, indices: itertools.count
     ) -> list[RequestRecord]:
@@ -73,20 +103,17 @@ class InProcessWorker:
             while arrivals and arrivals[0][0] <= time.perf_counter():
                 at, number = heapq.heappop(arrivals)
                 num_tokens = load.tokens_of(number, num_users)
-                sequence, record = self._begin(load.prompt(next(indices)), num_tokens, at)
-                records[sequence] = record
+                sequence = self.begin(load.prompt(next(indices)), num_tokens)
+                records[sequence] = RequestRecord(at, at)
 
         for _ in range(num_users):
             expect(time.perf_counter())
-        while arrivals or self._scheduler.has_work:
+        while arrivals or self.has_work:
             admit()
-            plan = self._scheduler.plan()
-            if plan is None:
+            if not self.has_work:
                 time.sleep(max(0.0, arrivals[0][0] - time.perf_counter()))
                 continue
-            result = self._engine.step(plan)
-            outputs = self._processor.advance(plan, result, self._scheduler.sequence_at)
-            self._scheduler.commit(plan, outputs)
+            outputs = self.step()
             now = time.perf_counter()
             for output in outputs:
                 record = records[output.sequence]
@@ -95,18 +122,3 @@ class InProcessWorker:
                 if output.frame.is_terminal:
                     expect(now)
         return list(records.values())
-
-    def _begin(self, prompt: str, num_tokens: int, at: float) -> tuple[Sequence, RequestRecord]:
-        self._num_begun += 1
-        sequence = Sequence(
-            GenerationRequest(
-                id=f"direct-{self._num_begun}",
-                model="echo",
-                prompt_tokens=tuple(self._tokenizer.encode(prompt).ids),
-                sampling=Sampling(),
-                stopping=Stopping(num_tokens, ignore_eos=True),
-            )
-        )
-        self._processor.start(sequence)
-        self._scheduler.add(sequence)
-        return sequence, RequestRecord(at, at)

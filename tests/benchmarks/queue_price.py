@@ -5,7 +5,8 @@ later one.
 
 The echo model's step takes a known, steady time, so the difference between the same scheduler and
 engine called in this process and a request through HTTP, gateway, broker and worker is what the
-path costs. HTTP and the load generator's own time are in it; all processes share the cores. Several
+path costs. HTTP and the load generator's own time are in it, all processes share the cores: what
+those alone come to is told by the same engine behind a bare HTTP server (`bare_server.py`). Several
 users run three times: in step, because their answers are equally long, so that a first token is one
 of a burst; out of step; and out of step with pauses of up to a step, as users are. Without a pause
 a user asks again when a step has ended: called directly that is the moment at which the next one
@@ -21,6 +22,8 @@ from pathlib import Path
 import click
 
 from common.broker import start_broker
+from common.child import Child
+from tests.benchmarks import bare_server
 from tests.benchmarks.client import StreamClient, WallClock
 from tests.benchmarks.in_process import measure_in_process
 from tests.benchmarks.load import Load, numbers, run_async, run_levels
@@ -69,19 +72,32 @@ def main(
         for begin in ((TOGETHER, OUT_OF_STEP, AT_ANY_TIME) if num > 1 else (TOGETHER,))
     ]
     direct = [measure_in_process(num, load, step_ms=step_ms) for num, load in loads]
+    bare = run_async(_through_http(loads, step_ms))
     queued = run_async(_through_the_fleet(loads, step_ms, redis_url))
     click.echo("in this process\n" + table(direct))
+    click.echo("through HTTP alone\n" + table(bare))
     click.echo("through gateway, broker and worker\n" + table(queued))
     prices = [
-        _price(load, before, after)
-        for (_, load), before, after in zip(loads, direct, queued, strict=True)
+        _price(load, *levels)
+        for (_, load), *levels in zip(loads, direct, bare, queued, strict=True)
     ]
     click.echo(_price_table(prices))
     facts = {"step_ms": step_ms, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
     facts |= {"prices": prices, "direct": [level.facts for level in direct]}
+    facts |= {"bare": [level.facts for level in bare]}
     facts |= {"queued": [level.facts for level in queued]}
     click.echo(json.dumps(plain({"benchmark": "queue_price", "machine": host.facts} | facts)))
-    sys.exit(1 if any(level.errors for level in queued) else 0)
+    sys.exit(1 if any(level.errors for level in bare + queued) else 0)
+
+
+async def _through_http(loads: list[tuple[int, Load]], step_ms: float) -> list[Level]:
+    """The bare server; every level in turn."""
+    port = free_port()
+    arguments = ["--port", str(port), "--step-ms", str(step_ms)]
+    with tempfile.TemporaryDirectory(prefix="tokenfleet-bench-") as name:
+        folder = Path(name)
+        async with process("bare", arguments, folder, module=bare_server.__name__) as child:
+            return await _levels(loads, port, {"bare": child}, folder)
 
 
 async def _through_the_fleet(
@@ -89,7 +105,6 @@ async def _through_the_fleet(
 ) -> list[Level]:
     """A private broker, one gateway and one worker; every level in turn."""
     port = free_port()
-    url = f"http://127.0.0.1:{port}"
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tokenfleet-bench-")))
         if redis_url is None:
@@ -105,27 +120,35 @@ async def _through_the_fleet(
             name: await stack.enter_async_context(process(name, arguments, folder))
             for name, arguments in commands.items()
         }
-        await first_token(url, children, folder, timeout_s=READY_TIMEOUT_S)
-        levels = []
-        for num_users, load in loads:
-            client = StreamClient(url, target_for("tgi"), clock=WallClock())
-            levels += await run_levels(
-                client, load, users=[num_users], rates=[], num_warmup=num_users
-            )
-        return levels
+        return await _levels(loads, port, children, folder)
 
 
-def _price(load: Load, direct: Level, queued: Level) -> dict[str, float | str]:
-    """Medians of both ways and their differences, in milliseconds."""
+async def _levels(
+    loads: list[tuple[int, Load]], port: int, children: dict[str, Child], folder: Path
+) -> list[Level]:
+    """Every load in turn, once the processes behind the port answer."""
+    url = f"http://127.0.0.1:{port}"
+    await first_token(url, children, folder, timeout_s=READY_TIMEOUT_S)
+    levels = []
+    for num_users, load in loads:
+        client = StreamClient(url, target_for("tgi"), clock=WallClock())
+        levels += await run_levels(client, load, users=[num_users], rates=[], num_warmup=num_users)
+    return levels
+
+
+def _price(load: Load, direct: Level, bare: Level, queued: Level) -> dict[str, float | str]:
+    """Medians of the three ways, and what the fleet adds to the first, in milliseconds."""
     first = queued.first_token_ms.p50 - direct.first_token_ms.p50
     token = queued.token_ms.p50 - direct.token_ms.p50
     return {
         "users": direct.value,
         "begin": _begin(load),
         "direct_first_token_ms": direct.first_token_ms.p50,
+        "bare_first_token_ms": bare.first_token_ms.p50,
         "queued_first_token_ms": queued.first_token_ms.p50,
         "added_first_token_ms": first,
         "direct_token_ms": direct.token_ms.p50,
+        "bare_token_ms": bare.token_ms.p50,
         "queued_token_ms": queued.token_ms.p50,
         "added_token_ms": token,
     }
@@ -143,9 +166,11 @@ def _price_table(prices: list[dict[str, float | str]]) -> str:
             "users",
             "begin",
             "first token ms: direct",
+            "bare HTTP",
             "queued",
             "added",
             "a token ms: direct",
+            "bare HTTP",
             "queued",
             "added",
         ]
@@ -154,7 +179,7 @@ def _price_table(prices: list[dict[str, float | str]]) -> str:
         users, begin, *times = price.values()
         rows.append([f"{users:g}", begin, *(f"{time:.2f}" for time in times)])
     return "\n".join(
-        ["the price of the queue, medians", *aligned(rows, extra_space_before=[5]), ""]
+        ["the price of the queue, medians", *aligned(rows, extra_space_before=[6]), ""]
     )
 
 

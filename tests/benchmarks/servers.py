@@ -23,12 +23,14 @@ LOG_TAIL_BYTES = 3000
 
 
 @asynccontextmanager
-async def process(name: str, arguments: list[str], folder: Path) -> AsyncIterator[Child]:
-    """`tokenfleet ARGUMENTS` as a child that logs into `folder` and is stopped at the end of the
-    context.
+async def process(
+    name: str, arguments: list[str], folder: Path, *, module: str = "common.cli"
+) -> AsyncIterator[Child]:
+    """`tokenfleet ARGUMENTS`, or another module with them, as a child that logs into `folder` and
+    is stopped at the end of the context.
     """
     with (folder / f"{name}.log").open("wb") as output:
-        child = Child([sys.executable, "-m", "common.cli", *arguments], output=output)
+        child = Child([sys.executable, "-m", module, *arguments], output=output)
     try:
         yield child
     finally:
