@@ -11,6 +11,9 @@ The batch waits for the masks of all its rows, so a grammar that costs too much 
 Limits stop most of them within milliseconds. But llguidance counts what it keeps, not what it tries,
 and some grammars take seconds within any limit: those the budget stops (grammar_budget.py).
 
+Every row compiles its own, even where another has the same: llguidance's copies of a matcher share a
+lexer and its limits, so that a request whose text exhausts them would end all others of its grammar.
+
 Knows tokens and grammars, no logits and no requests. Source: Microsoft's llguidance (an Earley
 parser over derivatives of regular expressions).
 """
