@@ -17,11 +17,15 @@ import click
 import torch
 import torch.nn.functional as F
 
+from common.messages import Sampling
 from tests.benchmarks.machine import machine
 from tests.benchmarks.report import aligned, plain
-from worker.kernels.cpu.library import cpu_kernels, greedy_choice
+from worker.kernels.cpu.choices import greedy_choice
+from worker.kernels.cpu.library import cpu_kernels
 from worker.kernels.cpu.products import packed_product
 from worker.layers.linear import PACK_ROWS_HINT
+from worker.sampling.choice import Chooser, draw_by_kernel
+from worker.sampling.noise import row_keys
 
 LAYERS = 30
 HIDDEN, HEADS, KV_HEADS, DIM, VOCAB = 576, 9, 3, 64, 49_152
@@ -31,6 +35,12 @@ PRODUCTS = {
     "gate, up": (3072, HIDDEN, LAYERS),
     "down": (HIDDEN, 1536, LAYERS),
     "head": (VOCAB, HIDDEN, 1),
+}
+RULES = {
+    "draw": Sampling(do_sample=True, temperature=0.8),
+    "draw, top_p": Sampling(do_sample=True, temperature=0.8, top_p=0.95),
+    "draw, top_k": Sampling(do_sample=True, temperature=0.8, top_k=50, top_p=0.95),
+    "draw, typical": Sampling(do_sample=True, temperature=0.8, typical_p=0.95),
 }
 BLOCK = 32
 # Until the threads of the other side have gone to sleep: OpenMP's spin for some milliseconds.
@@ -77,6 +87,9 @@ def main(threads: int, row_counts: str, context: int, turns: int) -> None:
             pair = _attention(rows, context)
             timings.append(_compare("attention", rows, *pair, layers=LAYERS, turns=turns))
             timings.append(_compare("greedy", rows, *_greedy(rows), layers=1, turns=turns))
+            for name, rule in RULES.items():
+                pair = _draws(rows, rule)
+                timings.append(_compare(name, rows, *pair, layers=1, turns=turns))
     cells = [
         [t.name, str(t.rows), f"{t.torch_us:.0f}", f"{t.ours_us:.0f}", f"{t.ratio:.2f}x"]
         for t in timings
@@ -179,6 +192,18 @@ def _greedy(rows: int) -> tuple[Operation, Operation]:
     return (
         lambda layer: (logits.argmax(dim=-1), logits.logsumexp(dim=-1)),
         lambda layer: greedy_choice(logits),
+    )
+
+
+def _draws(rows: int, rule: Sampling) -> tuple[Operation, Operation]:
+    """Random choices; a language model's logits are about as uneven."""
+    logits = torch.randn(rows, VOCAB) * 3
+    numbers, rules = list(range(rows)), [rule] * rows
+    keys = row_keys(numbers, numbers, torch.device("cpu"))
+    chooser = Chooser(VOCAB, torch.device("cpu"))
+    return (
+        lambda layer: chooser.draw_by_torch(logits, numbers, rules, keys),
+        lambda layer: draw_by_kernel(logits, numbers, rules, keys),
     )
 
 

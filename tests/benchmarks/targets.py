@@ -37,18 +37,30 @@ class Target:
     read: Callable[[bytes], Progress]
 
 
-def target_for(api: str, *, model: str = "", ignore_eos: bool = True) -> Target:
+def target_for(
+    api: str,
+    *,
+    model: str = "",
+    ignore_eos: bool = True,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> Target:
     """The target of that name. Raises ValueError on an unknown `api`.
 
     Args:
         api: "tgi", "openai" or "openai-chat".
         model: the `model` field of OpenAI bodies; vLLM refuses a name that it does not serve.
-        ignore_eos: ask for exactly `max_new_tokens` tokens. Greedy decoding is asked for in any
-            case.
+        ignore_eos: ask for exactly `max_new_tokens` tokens.
+        temperature: 0 is greedy decoding; else `top_p` counts too, 1 being off.
     """
 
     def tgi_body(prompt: str, max_new_tokens: int) -> dict[str, Any]:
-        parameters = {"max_new_tokens": max_new_tokens, "do_sample": False, "details": True}
+        parameters = {"max_new_tokens": max_new_tokens, "details": True}
+        parameters |= {"do_sample": temperature > 0}
+        if temperature > 0:
+            parameters["temperature"] = temperature
+        if temperature > 0 and top_p < 1:
+            parameters["top_p"] = top_p
         if ignore_eos:
             parameters["ignore_eos_token"] = True
         return {"inputs": prompt, "parameters": parameters}
@@ -57,7 +69,8 @@ def target_for(api: str, *, model: str = "", ignore_eos: bool = True) -> Target:
         usage = {"include_usage": True}
         body = {
             "max_tokens": max_new_tokens,
-            "temperature": 0,
+            "temperature": temperature,
+            "top_p": top_p if temperature > 0 else 1.0,
             "stream": True,
             "stream_options": usage,
         }

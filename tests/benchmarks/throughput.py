@@ -42,6 +42,8 @@ class Options:
     duration_s: float
     prompt_tokens: int
     new_tokens: int
+    temperature: float
+    top_p: float
     tokenizer: str | None
     threads: int | None
     ready_timeout_s: float
@@ -82,6 +84,8 @@ class Options:
 @click.option("--duration", "duration_s", default=120.0, help="Seconds of a level, at most.")
 @click.option("--prompt-tokens", default=64)
 @click.option("--new-tokens", default=64)
+@click.option("--temperature", default=0.0, help="0 is greedy decoding.")
+@click.option("--top-p", default=1.0, help="With a temperature only; 1 is off.")
 @click.option("--tokenizer", help="A tokenizer.json; the default is the one of the model.")
 @click.option("--threads", type=int, help="CPU threads of transformers; else torch's default.")
 @click.option("--ready-timeout", "ready_timeout_s", default=300.0, help="Of the cold start.")
@@ -109,7 +113,12 @@ def main(**values: Any) -> None:
 async def _measure(options: Options) -> tuple[list[Level], float | None]:
     """Every level, and the cold start in seconds when the server was started here."""
     prompt = prompts_for(options.tokenizer_path, options.prompt_tokens)
-    target = target_for(options.api, model=options.model)
+    target = target_for(
+        options.api,
+        model=options.model,
+        temperature=options.temperature,
+        top_p=options.top_p,
+    )
     levels = []
     async with _server(options) as (address, cold_start_s):
         for num_users in options.users:
@@ -150,6 +159,8 @@ def _transformers(options: Options) -> dict[str, Any]:
         "--batches": ",".join(map(str, batches)),
         "--prompt-tokens": options.prompt_tokens,
         "--new-tokens": options.new_tokens,
+        "--temperature": options.temperature,
+        "--top-p": options.top_p,
         "--threads": options.threads,
     }
     command = [sys.executable, "-m", "tests.benchmarks.transformers_baseline"]

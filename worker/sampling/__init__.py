@@ -11,5 +11,6 @@ token_bytes.py  a SentencePiece tokenizer as the grammar library reads it
 entries.py      single entries of the logits, collected for one rule
 adjust.py       the rules that change single logits, for the rows that ask for them
 top_tokens.py   the likeliest tokens of a row, ties included
-sampler.py      greedy and seeded choice for a batch, with log-probabilities
+choice.py       the rules that shorten the list of tokens, and the greedy or random choice
+sampler.py      all of it for the slots of a batch, with log-probabilities
 """

@@ -37,11 +37,6 @@ class SlotState:
         )
 
     @property
-    def is_filtered(self) -> bool:
-        rules = self.sampling
-        return rules.top_k > 0 or rules.top_p < 1 or rules.typical_p < 1 or rules.min_p > 0
-
-    @property
     def has_rules(self) -> bool:
         """Whether a rule of `adjust.py` may change a logit."""
         rules = self.sampling

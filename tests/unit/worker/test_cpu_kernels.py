@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.kernels.cpu.library import cpu_kernels, cpu_library, greedy_choice
+from worker.kernels.cpu.choices import greedy_choice
+from worker.kernels.cpu.library import cpu_kernels, cpu_library
 from worker.kernels.cpu.products import int8_product, packed_product
 from worker.quantization.int8 import quantize_rows
 

@@ -9,6 +9,8 @@ from common.messages import Sampling
 from tests.sampling import choose, random_logits, sampler_with
 from worker.engine.plan import NO_TOKEN
 
+pytestmark = pytest.mark.usefixtures("drawing")
+
 
 def test_a_token_does_not_depend_on_its_batch():
     kinds = [

@@ -18,6 +18,8 @@ from transformers import (
 from common.messages import Sampling
 from tests.sampling import choose, random_logits, sampler_with
 
+pytestmark = pytest.mark.usefixtures("drawing")
+
 
 def draws(logits, sampling, count):
     """How often each token is chosen at `count` consecutive positions of one request."""

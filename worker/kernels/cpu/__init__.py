@@ -2,6 +2,7 @@
 
 build_backend.py      pip's hook: compiles them for each kind of processor, with a compiler from PyPI
 library.py            finds the library that this processor can run, and calls it with tensors
+choices.py            greedy and random choices, called with tensors
 products.py           products with packed weights, called with tensors
 gated_block.py        all of a block but its attention, in two calls
 gated_decoder.py      all layers of a step that only decodes, in one
@@ -16,6 +17,10 @@ attention.cpp         one query a sequence over the paged cache
 attention_tile.h      what that does with some keys and values
 prompt_attention.cpp  many queries of one sequence, in bfloat16
 elementwise.cpp       norm, rotary positions, gated activation, sum
-sampling.cpp          the greedy choice
+greedy_choice.cpp     the likeliest token
+random_choice.cpp     a random one, of those that the sampling rules keep
+logits.h              rows of logits, in lanes
+shortlist.h           what a sampling rule keeps, found without sorting
+noise.h               random numbers, as worker/sampling/noise.py defines them
 int8_product.cpp      products with weights and activations in 8 bits
 """

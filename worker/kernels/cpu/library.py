@@ -139,22 +139,6 @@ class CpuKernels:
         )
 
 
-def greedy_choice(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Of rows `[n, V]`: the largest logit's token, that logit and the row's logsumexp, each `[n]`. None:
-    there is no kernel for them. A logsumexp is NaN where a logit is NaN or infinite."""
-    library = cpu_library() if logits.device.type == "cpu" else None
-    if library is None or logits.dtype not in SUFFIXES or logits.stride(1) != 1:
-        return None
-    num_rows, size = logits.shape
-    tokens = torch.empty(num_rows, dtype=torch.int64)
-    largest, totals = torch.empty(num_rows), torch.empty(num_rows)
-    kernel_function(library, f"greedy_{SUFFIXES[logits.dtype]}", "ppppiii")(
-        *(tokens.data_ptr(), largest.data_ptr(), totals.data_ptr(), logits.data_ptr()),
-        *(num_rows, size, logits.stride(0), torch.get_num_threads()),
-    )
-    return tokens, largest, totals.log_().add_(largest)
-
-
 @functools.cache
 def cpu_kernels(device: torch.device, dtype: torch.dtype) -> CpuKernels | None:
     """The kernels for tensors of this type on this device; None: use torch's operations."""

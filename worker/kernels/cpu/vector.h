@@ -172,3 +172,24 @@ static inline Lanes exponential(Lanes x) {
     p = is_zero ? Lanes{} : p * power;
     return is_nan ? given : p;
 }
+
+// The natural logarithm to about 1e-7 relative of numbers that are positive, finite and normal, by
+// x = 2^n (1 + r) and a polynomial in r (Cephes, logf).
+static inline Lanes logarithm(Lanes x) {
+    const Bits least = (Bits)all(0.70710678f); // 1 + r is in [sqrt(1/2), sqrt(2))
+    const Bits above = (Bits)x - least;
+    const Lanes n = __builtin_convertvector((Integers)above >> 23, Lanes);
+    const Lanes r = (Lanes)((above & 0x7fffff) + least) - 1.0f;
+    const Lanes square = r * r;
+    Lanes p = all(7.0376836292e-2f);
+    p = p * r - 1.1514610310e-1f;
+    p = p * r + 1.1676998740e-1f;
+    p = p * r - 1.2420140846e-1f;
+    p = p * r + 1.4249322787e-1f;
+    p = p * r - 1.6668057665e-1f;
+    p = p * r + 2.0000714765e-1f;
+    p = p * r - 2.4999993993e-1f;
+    p = p * r + 3.3333331174e-1f;
+    p = p * r * square - n * 2.12194440e-4f - square * 0.5f;
+    return r + p + n * 0.693359375f;
+}

@@ -1,18 +1,8 @@
 // The greedy choice from the logits of a vocabulary.
+#include "logits.h"
 #include "parallel.h"
-#include "vector.h"
 
 namespace {
-
-template <typename T>
-Lanes load_some(const T *source, int64_t count) {
-    if (count >= LANES)
-        return load(source);
-    Lanes lanes = all(-__builtin_inff());
-    for (int64_t i = 0; i < count; i++)
-        lanes[i] = to_float(source[i]);
-    return lanes;
-}
 
 template <typename T>
 int64_t find(const T *x, int64_t size, float value) {
@@ -29,10 +19,8 @@ void choose(int64_t *tokens, float *largest, float *totals, const T *x, int64_t 
             int64_t size, int64_t stride, int64_t num_threads) {
     for_each(num_threads, num_rows, num_rows * size > 1 << 15, [=](int64_t row) {
         const T *numbers = x + row * stride;
-        Lanes tops = all(-__builtin_inff()), sums = {};
-        for (int64_t c = 0; c < size; c += LANES)
-            tops = larger(load_some(numbers + c, size - c), tops);
-        const float top = maximum(tops);
+        const float top = largest_of(numbers, size);
+        Lanes sums = {};
         for (int64_t c = 0; c < size; c += LANES)
             sums += exponential(load_some(numbers + c, size - c) - top);
         tokens[row] = find(numbers, size, top);
