@@ -1,13 +1,16 @@
-"""The choice of tokens from logits, called with tensors. None is what callers get where there is no
+"""The choice of tokens from logits, called with tensors; and the likeliest. None is what callers get where there is no
 kernel: for another device, processor or type of number.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from worker.kernels.cpu.library import SUFFIXES, cpu_library, kernel_function
+
+_ROOM_FOR_EQUALS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +35,13 @@ class RandomChoice:
 def greedy_choice(logits: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Of rows `[n, V]`: the largest logit's token, that logit and the row's logsumexp, each `[n]`. A
     logsumexp is NaN where a logit is NaN or infinite."""
-    library = cpu_library() if logits.device.type == "cpu" else None
-    if library is None or logits.dtype not in SUFFIXES or logits.stride(1) != 1:
+    kernel = _kernel("greedy", "ppppiii", logits)
+    if kernel is None:
         return None
     num_rows, size = logits.shape
     tokens = torch.empty(num_rows, dtype=torch.int64)
     largest, totals = torch.empty(num_rows), torch.empty(num_rows)
-    kernel_function(library, f"greedy_{SUFFIXES[logits.dtype]}", "ppppiii")(
+    kernel(
         *(tokens.data_ptr(), largest.data_ptr(), totals.data_ptr(), logits.data_ptr()),
         *(num_rows, size, logits.stride(0), torch.get_num_threads()),
     )
@@ -56,17 +59,50 @@ def random_choice(
             `worker/sampling/processors.py`.
         keys: of the noise, `[n, 2]` int32 (`row_keys`).
     """
-    library = cpu_library() if logits.device.type == "cpu" else None
-    if library is None or logits.dtype not in SUFFIXES or logits.stride(1) != 1:
+    kernel = _kernel("random", "ppppppppiii", logits)
+    if kernel is None:
         return None
     num_rows, size = len(rows), logits.shape[1]
     tokens = torch.empty(num_rows, dtype=torch.int64)
     logprobs, log_totals = torch.empty(num_rows), torch.empty(num_rows)
     values = torch.empty(num_rows, size) if has_values else None
-    kernel_function(library, f"random_{SUFFIXES[logits.dtype]}", "ppppppppiii")(
+    kernel(
         *(tokens.data_ptr(), logprobs.data_ptr(), log_totals.data_ptr()),
         None if values is None else values.data_ptr(),
         *(logits.data_ptr(), rows.data_ptr(), rules.data_ptr(), keys.data_ptr()),
         *(num_rows, size, logits.stride(0), torch.get_num_threads()),
     )
     return RandomChoice(tokens, logprobs, log_totals, values)
+
+
+def likeliest_tokens(
+    logits: Tensor, rows: Tensor, wanted: Tensor
+) -> list[tuple[Tensor, Tensor]] | None:
+    """Of some rows of `logits` `[T, V]`, ids and logits of the `wanted` largest, and of what equals
+    the smallest of them; none that is -infinite, and in the order of their ids. Rows and wanted are
+    `[n]` int64."""
+    kernel = _kernel("top_tokens", "ppppppiiii", logits)
+    if kernel is None:
+        return None
+    num_rows, size = len(rows), logits.shape[1]
+    capacity = min(size, int(wanted.max()) + _ROOM_FOR_EQUALS)
+    counts = torch.empty(num_rows, dtype=torch.int64)
+    while True:
+        ids = torch.empty(num_rows, capacity, dtype=torch.int32)
+        found = torch.empty(num_rows, capacity)
+        kernel(
+            *(counts.data_ptr(), ids.data_ptr(), found.data_ptr(), logits.data_ptr()),
+            *(rows.data_ptr(), wanted.data_ptr()),
+            *(num_rows, size, logits.stride(0), capacity, torch.get_num_threads()),
+        )
+        most = int(counts.max())
+        if most <= capacity:
+            return [(ids[i, :count], found[i, :count]) for i, count in enumerate(counts.tolist())]
+        capacity = most
+
+
+def _kernel(name: str, arguments: str, logits: Tensor) -> Callable[..., None] | None:
+    library = cpu_library() if logits.device.type == "cpu" else None
+    if library is None or logits.dtype not in SUFFIXES or logits.stride(1) != 1:
+        return None
+    return kernel_function(library, f"{name}_{SUFFIXES[logits.dtype]}", arguments)
