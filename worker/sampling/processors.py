@@ -23,6 +23,8 @@ neutral value.
 import torch
 from torch import Tensor
 
+from worker.kernels.cpu.choices import keep_tokens_
+
 _DROPPED = float("-inf")
 
 
@@ -61,6 +63,8 @@ def penalize_frequency_and_presence_(
 def keep_grammatical_(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
     """Rule 5. `bits` `[n, words]` int32 say which tokens may come next in the rows `[n]`, lowest bit
     first; tokens beyond them may not."""
+    if keep_tokens_(logits, rows, bits):
+        return
     numbers = torch.arange(256, device=bits.device)
     table = (numbers.unsqueeze(-1) >> numbers[:8] & 1).bool()  # the eight bits of every byte
     is_allowed = table[bits.view(torch.uint8).int()].flatten(1)

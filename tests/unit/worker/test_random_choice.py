@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from common.messages import Sampling
 from tests.sampling import CPU, random_logits
 from worker.kernels.cpu.choices import random_choice
-from worker.sampling import choice
+from worker.sampling import choice, processors
 from worker.sampling.choice import Chooser
 from worker.sampling.noise import exponential_noise, row_keys, token_table
 
@@ -197,3 +197,18 @@ def test_broken_logits_are_not_a_number(dtype):
         numbers, keys = torch.tensor([rules] * 4), row_keys([1] * 4, range(4), CPU)
         chosen = random_choice(logits, torch.arange(4), numbers, keys, has_values=has_values)
         assert chosen.logprobs.isnan().tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("size", [1, 15, 31, 64, 100, 50_257])
+@pytest.mark.parametrize("num_words", [1, 2, 1571])
+def test_tokens_that_a_grammar_does_not_allow(size, num_words, monkeypatch):
+    logits = random_logits(5, size + 3)
+    bits = torch.randint(-(2**31), 2**31 - 1, (3, num_words), dtype=torch.int32)
+    rows = torch.tensor([4, 0, 2])
+    expected = logits.clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(processors, "keep_tokens_", lambda *_: False)
+        processors.keep_grammatical_(expected[:, :size], rows, bits)
+    processors.keep_grammatical_(logits[:, :size], rows, bits)
+    assert torch.equal(logits, expected)
+    assert logits[[1, 3]].isfinite().all()

@@ -2,7 +2,7 @@
 
 build_backend.py      pip's hook: compiles them for each kind of processor, with a compiler from PyPI
 library.py            finds the library that this processor can run, and calls it with tensors
-choices.py            greedy and random choices and the likeliest tokens, called with tensors
+choices.py            the choice of tokens, called with tensors
 products.py           products with packed weights, called with tensors
 gated_block.py        all of a block but its attention, in two calls
 gated_decoder.py      all layers of a step that only decodes, in one
@@ -20,6 +20,7 @@ elementwise.cpp       norm, rotary positions, gated activation, sum
 greedy_choice.cpp     the likeliest token
 random_choice.cpp     a random one, of those that the sampling rules keep
 top_tokens.cpp        the likeliest tokens
+token_mask.cpp        what a grammar does not allow
 logits.h              rows of logits, in lanes
 shortlist.h           what a sampling rule keeps, found without sorting
 noise.h               random numbers, as worker/sampling/noise.py defines them

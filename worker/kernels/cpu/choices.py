@@ -1,4 +1,4 @@
-"""The choice of tokens from logits, called with tensors; and the likeliest. None is what callers get where there is no
+"""The choice of tokens from logits, called with tensors, and what goes with it. None is what callers get where there is no
 kernel: for another device, processor or type of number.
 """
 
@@ -73,6 +73,21 @@ def random_choice(
         *(num_rows, size, logits.stride(0), torch.get_num_threads()),
     )
     return RandomChoice(tokens, logprobs, log_totals, values)
+
+
+def keep_tokens_(logits: Tensor, rows: Tensor, bits: Tensor) -> bool:
+    """Make -infinite what `bits` do not allow; False where there is no kernel. The rest as in
+    `worker.sampling.processors.keep_grammatical_`."""
+    kernel = _kernel("keep_tokens", "pppiiii", logits) if logits.dtype == torch.float32 else None
+    if kernel is None:
+        return False
+    bits = bits.contiguous()
+    kernel(
+        *(logits.data_ptr(), rows.data_ptr(), bits.data_ptr()),
+        *(len(rows), bits.shape[1], logits.shape[1], logits.stride(0)),
+        torch.get_num_threads(),
+    )
+    return True
 
 
 def likeliest_tokens(
