@@ -22,6 +22,7 @@ from worker.kernels.cpu.choices import greedy_choice, random_choice
 from worker.sampling import processors
 from worker.sampling.noise import exponential_noise, row_keys, token_table
 
+_LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 _CANDIDATES = (256, 4096)  # sizes that are tried before the whole vocabulary
 
 
@@ -90,7 +91,7 @@ class Chooser:
 
     def _tempered(self, logits: Tensor, rows: list[int], rules: list[Sampling]) -> Tensor:
         """Some rows' logits after the temperature."""
-        temperatures = self._floats([rule.temperature for rule in rules])
+        temperatures = self._floats([_temperature(rule) for rule in rules])
         return processors.apply_temperature(logits[self._index(rows)].float(), temperatures)
 
     def _choose_filtered(
@@ -153,6 +154,11 @@ class Chooser:
         return torch.tensor(values, dtype=torch.float32, device=self._device)
 
 
+def _temperature(rule: Sampling) -> float:
+    """What is next to zero stays above it as a float32: the likeliest token wins."""
+    return max(rule.temperature, _LEAST_TEMPERATURE)
+
+
 def _is_filtered(rule: Sampling) -> bool:
     return rule.top_k > 0 or rule.top_p < 1 or rule.typical_p < 1 or rule.min_p > 0
 
@@ -167,7 +173,7 @@ def draw_by_kernel(
         if not some:
             continue
         numbers = [
-            (rule.temperature, rule.top_k, rule.top_p, rule.typical_p, rule.min_p)
+            (_temperature(rule), rule.top_k, rule.top_p, rule.typical_p, rule.min_p)
             for rule in (rules[i] for i in some)
         ]
         chosen = random_choice(

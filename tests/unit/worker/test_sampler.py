@@ -1,6 +1,7 @@
 """The sampler's choice: reproducible, with its log-probability, and undisturbed by other rows."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,6 +66,15 @@ def test_top_k_of_one_and_a_tiny_top_p_are_greedy():
     ]
     chosen = choose(logits, *rules)
     assert [s.token for s in chosen] == best
+    assert [s.logprob for s in chosen] == pytest.approx([0.0, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 5e-324])
+def test_a_temperature_next_to_zero_is_greedy(temperature):
+    logits = random_logits(2, 3000)
+    rules = Sampling(do_sample=True, seed=1, temperature=temperature)
+    chosen = choose(logits, rules, replace(rules, top_p=0.9))
+    assert [s.token for s in chosen] == logits.argmax(-1).tolist()
     assert [s.logprob for s in chosen] == pytest.approx([0.0, 0.0], abs=1e-6)
 
 
